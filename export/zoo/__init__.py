@@ -1,0 +1,1 @@
+"""Own network definitions, one readable file per family."""
