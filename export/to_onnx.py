@@ -1,0 +1,143 @@
+"""PyTorch → ONNX: a clean graph with a dynamic batch axis, BatchNormalization still visible, equal to PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edgewright.export.canonicalize import canonicalize
+from edgewright.runtime.errors import ExportError
+
+__all__ = ["INPUT_NAME", "OPSETS", "OUTPUT_NAME", "export_onnx"]
+
+OPSETS = range(18, 21)  # 19 brings FP16 scales for Q/DQ; the TensorRT 10.0 parser documents up to 20
+INPUT_NAME = "images"
+OUTPUT_NAME = "logits"
+CHECKED_BATCHES = (1, 5)
+CHECK_SEED = 20
+TOLERANCE = 1e-4
+"""Largest difference allowed, as a share of the largest logit: float32 with sums in another order stays below 1e-5."""
+
+
+def export_onnx(model: nn.Module, input_shape: tuple[int, int, int], *, opset: int = 19) -> bytes:
+    """Serialized ONNX of `model` in evaluation mode; input `[batch, C, H, W]` float32, output `[batch, classes]`.
+
+    Checked before it is returned: the ONNX checker, shape inference, and outputs equal to PyTorch's on a seeded batch
+    of 1 and one of 5. Raises `ExportError`.
+    """
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not supported", f"choose one of {OPSETS.start} … {OPSETS.stop - 1}")
+    exported = _exported(model.eval(), input_shape, opset)
+    canonicalize(exported)
+    proto = ir.to_proto(exported)
+    content: bytes = proto.SerializeToString()
+    _check_structure(proto)
+    _check_equal(model, content, input_shape)
+    return content
+
+
+def _exported(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> ir.Model:
+    example = torch.zeros((2, *input_shape))  # a batch of 1 would be specialized to the constant 1
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                optimize=False,  # its optimizer folds BatchNorm before we could see it
+                opset_version=opset,
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises what the model's own code and a dozen of its layers raise
+        raise ExportError(
+            f"torch.onnx.export could not export {type(model).__name__}: {_first_line(error)}",
+            "make forward() a function of tensors alone, without control flow that depends on their values",
+        ) from error
+    if program is None:
+        raise ExportError("torch.onnx.export returned nothing")
+    exported: ir.Model = program.model
+    written = exported.opset_imports.get("")
+    if written != opset:
+        raise ExportError(f"the exporter wrote opset {written} instead of {opset}", "choose another --opset")
+    if len(exported.graph.outputs) != 1:
+        raise ExportError(
+            f"the model returns {len(exported.graph.outputs)} tensors, expected one tensor of logits",
+            "return the logits alone in evaluation mode",
+        )
+    return exported
+
+
+def _check_structure(proto: onnx.ModelProto) -> None:
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+        inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"the exported graph is not valid ONNX: {_first_line(error)}") from error
+    (output,) = inferred.graph.output
+    dims = output.type.tensor_type.shape.dim
+    if len(dims) != 2 or not dims[0].dim_param:
+        shape = [dim.dim_param or dim.dim_value for dim in dims]
+        raise ExportError(f"the output has shape {shape}, expected [batch, classes] with a dynamic batch")
+
+
+def _check_equal(model: nn.Module, content: bytes, input_shape: tuple[int, int, int]) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(CHECK_SEED)
+    for batch in CHECKED_BATCHES:
+        images = torch.randn((batch, *input_shape), generator=generator)
+        with torch.inference_mode():
+            expected = model(images).numpy()
+        (found,) = session.run(None, {INPUT_NAME: images.numpy()})
+        difference = _relative_difference(expected, found)
+        if not difference <= TOLERANCE:  # also true for NaN
+            raise ExportError(
+                f"the exported graph differs from PyTorch by {difference:.2g} of the largest logit at batch {batch}, "
+                f"expected at most {TOLERANCE:g}",
+                "look for operations that depend on the batch or on random numbers",
+            )
+
+
+def _relative_difference(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    scale = float(np.abs(expected).max()) or 1.0
+    return float(np.abs(expected.astype(np.float64) - found).max() / scale)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's warnings, logs and prints; what matters comes as an exception."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(root).__name__
