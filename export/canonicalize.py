@@ -32,6 +32,7 @@ def canonicalize(model: ir.Model) -> None:
     IdentityEliminationPass()(model)
     for node in tuple(model.graph):
         _drop_zero_bias(node)
+        _merge_padding(node)
         _keep_batch_by_copying(model.graph, node)
         _name_global_pooling(node)
     RemoveUnusedNodesPass()(model)
@@ -48,6 +49,35 @@ def _drop_zero_bias(node: ir.Node) -> None:
     bias = ir.convenience.get_const_tensor(node.inputs[2]) if node.inputs[2] is not None else None
     if bias is not None and not bias.numpy().any():
         node.resize_inputs(2)
+
+
+def _merge_padding(node: ir.Node) -> None:
+    """Pad with zeros, then Conv: one Conv with (asymmetric) pads."""
+    source = node.inputs[0] if node.op_type == "Conv" else None
+    pad = source.producer() if source is not None else None
+    if source is None or pad is None or pad.op_type != "Pad" or len(source.uses()) != 1 or source.is_graph_output():
+        return
+    amounts = ir.convenience.get_const_tensor(pad.inputs[1]) if pad.inputs[1] is not None else None
+    if amounts is None or pad.attributes.get_string("mode", "constant") != "constant" or not _pads_with_zero(pad):
+        return
+    begin, end = np.split(amounts.numpy(), 2)
+    if begin[:2].any() or end[:2].any() or (begin < 0).any() or (end < 0).any():
+        return
+    rank = len(begin) - 2
+    own = np.array(node.attributes.get_ints("pads", (0,) * 2 * rank))
+    if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+        return
+    merged = own + np.concatenate([begin[2:], end[2:]])
+    node.attributes["pads"] = ir.AttrInt64s("pads", merged.tolist())
+    node.replace_input_with(0, pad.inputs[0])
+
+
+def _pads_with_zero(pad: ir.Node) -> bool:
+    has_axes = len(pad.inputs) > 3 and pad.inputs[3] is not None
+    if has_axes or len(pad.inputs) < 3 or pad.inputs[2] is None:
+        return not has_axes
+    value = ir.convenience.get_const_tensor(pad.inputs[2])
+    return value is not None and not value.numpy().any()
 
 
 def _keep_batch_by_copying(graph: ir.Graph, node: ir.Node) -> None:

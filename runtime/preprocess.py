@@ -31,6 +31,7 @@ INTERPOLATIONS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 COLOURS = {"RGB": 3, "L": 1}
+MAX_RESIZED_PIXELS = 178_956_970  # twice Pillow's default MAX_IMAGE_PIXELS, where Pillow itself refuses to decode
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a channel: convert() would clip them
 
 
@@ -63,7 +64,8 @@ class Preprocess:
             )
         if not all(np.isfinite(self.mean)) or not all(np.isfinite(self.std)) or min(self.std) <= 0:
             raise DataError(f"mean {self.mean} and std {self.std} must be finite, std above 0")
-        sides = (self.resize,) if isinstance(self.resize, int) else (*(self.resize or ()), *(self.crop or ()))
+        resize = (self.resize,) if isinstance(self.resize, int) else self.resize or ()
+        sides = (*resize, *(self.crop or ()))
         if any(side < 1 for side in sides):
             raise DataError(f"resize {self.resize} and crop {self.crop} must be at least one pixel")
 
@@ -82,7 +84,7 @@ class Preprocess:
 
         Raises `DataError` if the image cannot be read or is none that a classifier is trained on.
         """
-        picture = open_image(image).convert(self.colour)
+        picture = _converted(open_image(image), self.colour)
         picture = _resized(picture, self.resize, INTERPOLATIONS[self.interpolation])
         if self.crop is not None:
             picture = _centre_cropped(picture, self.crop)
@@ -140,6 +142,10 @@ def open_image(image: ImageLike) -> Image.Image:
         return _image_from_array(image)
     if isinstance(image, Image.Image):
         picture, name = image, "the image"
+        try:
+            picture.load()  # Pillow reads lazily: a truncated file shows itself only here
+        except (OSError, SyntaxError, ValueError, EOFError) as error:
+            raise DataError(f"cannot decode {name}: {error}", "replace the file or remove it") from None
     else:
         name = str(image)
         try:
@@ -156,7 +162,19 @@ def open_image(image: ImageLike) -> Image.Image:
         raise DataError(
             f"{name} has more than 8 bits a channel (Pillow mode {picture.mode})", "convert it to an 8-bit image"
         )
+    if 0 in picture.size:
+        raise DataError(f"{name} has no pixels ({picture.width}×{picture.height})", "remove it")
     return picture
+
+
+def _converted(picture: Image.Image, colour: str) -> Image.Image:
+    if isinstance(picture.info.get("transparency"), bytes):  # Pillow would warn that convert() drops it, as we want
+        picture = picture.copy()
+        del picture.info["transparency"]
+    try:
+        return picture.convert(colour)
+    except ValueError as error:
+        raise DataError(f"an image of Pillow mode {picture.mode} cannot become {colour}: {error}") from None
 
 
 def _image_from_array(array: NDArray[np.uint8]) -> Image.Image:
@@ -179,6 +197,11 @@ def _resized(picture: Image.Image, resize: int | tuple[int, int] | None, filter_
         short, long = min(width, height), max(width, height)
         other = int(resize * long / short)  # torchvision truncates
         target = (resize, other) if width <= height else (other, resize)
+    if target[0] * target[1] > MAX_RESIZED_PIXELS:  # a strip of 1 × 20000 pixels would take 5 GB at a short side of 256
+        raise DataError(
+            f"the image is {width}×{height} pixels, and would be {target[0]}×{target[1]} after the resize",
+            "crop it to an ordinary aspect ratio",
+        )
     return picture if target == picture.size else picture.resize(target, filter_)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 __all__ = ["STAGES", "EfficientNet", "MBConv", "SqueezeExcitation", "Stage", "efficientnet_lite0", "mobilenet_effnet_b0"]
 
@@ -33,6 +34,16 @@ class Stage:
     layers: int
 
 
+@dataclass(frozen=True)
+class Flavour:
+    """What distinguishes the members of the family that share `STAGES`."""
+
+    squeeze: bool
+    activation: Callable[[], nn.Module]
+    epsilon: float
+    same_padding: bool
+
+
 STEM_CHANNELS = 32
 HEAD_CHANNELS = 1280
 STAGES = (  # EfficientNet-B0; Lite0 shares it
@@ -46,6 +57,22 @@ STAGES = (  # EfficientNet-B0; Lite0 shares it
 )
 
 
+class Conv2dSame(nn.Conv2d):
+    """Convolution padded as TensorFlow's "SAME": the odd zero of a strided convolution stands right and below.
+
+    For weights that were trained there; with symmetric padding Lite0 loses eight points on 224×224 photographs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = (self._zeros(int(x.shape[axis]), axis - 2) for axis in (2, 3))
+        padded = functional.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
+        return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+    def _zeros(self, length: int, axis: int) -> int:
+        kernel, stride = self.kernel_size[axis], self.stride[axis]
+        return max((-(-length // stride) - 1) * stride + kernel - length, 0)
+
+
 class ConvNormAct(nn.Sequential):
     """Convolution (no bias), batch normalization and, unless `activation` is None, an activation."""
 
@@ -57,14 +84,14 @@ class ConvNormAct(nn.Sequential):
         *,
         stride: int = 1,
         groups: int = 1,
-        epsilon: float,
+        flavour: Flavour,
         activation: Callable[[], nn.Module] | None,
     ) -> None:
+        convolution = Conv2dSame if flavour.same_padding else nn.Conv2d
+        padding = kernel_size // 2
         layers: list[nn.Module] = [
-            nn.Conv2d(
-                in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False
-            ),
-            nn.BatchNorm2d(out_channels, eps=epsilon),
+            convolution(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False),
+            nn.BatchNorm2d(out_channels, eps=flavour.epsilon),
         ]
         if activation is not None:
             layers.append(activation())
@@ -111,16 +138,14 @@ class MBConv(nn.Module):
         stage: Stage,
         stride: int,
         *,
-        squeeze: bool,
-        epsilon: float,
-        activation: Callable[[], nn.Module],
+        flavour: Flavour,
         drop_probability: float,
     ) -> None:
         super().__init__()
         expanded = in_channels * stage.expand_ratio
         layers: list[nn.Module] = []
         if expanded != in_channels:
-            layers.append(ConvNormAct(in_channels, expanded, 1, epsilon=epsilon, activation=activation))
+            layers.append(ConvNormAct(in_channels, expanded, 1, flavour=flavour, activation=flavour.activation))
         layers.append(
             ConvNormAct(
                 expanded,
@@ -128,13 +153,13 @@ class MBConv(nn.Module):
                 stage.kernel_size,
                 stride=stride,
                 groups=expanded,
-                epsilon=epsilon,
-                activation=activation,
+                flavour=flavour,
+                activation=flavour.activation,
             )
         )
-        if squeeze:
+        if flavour.squeeze:
             layers.append(SqueezeExcitation(expanded, max(1, in_channels // 4)))
-        layers.append(ConvNormAct(expanded, stage.out_channels, 1, epsilon=epsilon, activation=None))
+        layers.append(ConvNormAct(expanded, stage.out_channels, 1, flavour=flavour, activation=None))
         self.block = nn.Sequential(*layers)
         self.stochastic_depth = StochasticDepth(drop_probability)
         self.is_residual = stride == 1 and in_channels == stage.out_channels
@@ -151,16 +176,14 @@ class EfficientNet(nn.Module):
         self,
         classes: int,
         *,
-        squeeze: bool,
-        epsilon: float,
-        activation: Callable[[], nn.Module],
+        flavour: Flavour,
         dropout: float = 0.2,
         stochastic_depth: float = 0.2,
     ) -> None:
         super().__init__()
         total = sum(stage.layers for stage in STAGES)
         features: list[nn.Module] = [
-            ConvNormAct(3, STEM_CHANNELS, 3, stride=2, epsilon=epsilon, activation=activation)
+            ConvNormAct(3, STEM_CHANNELS, 3, stride=2, flavour=flavour, activation=flavour.activation)
         ]
         channels = STEM_CHANNELS
         block_index = 0
@@ -172,16 +195,14 @@ class EfficientNet(nn.Module):
                         channels,
                         stage,
                         stage.stride if layer == 0 else 1,
-                        squeeze=squeeze,
-                        epsilon=epsilon,
-                        activation=activation,
+                        flavour=flavour,
                         drop_probability=stochastic_depth * block_index / total,
                     )
                 )
                 channels = stage.out_channels
                 block_index += 1
             features.append(nn.Sequential(*blocks))
-        features.append(ConvNormAct(channels, HEAD_CHANNELS, 1, epsilon=epsilon, activation=activation))
+        features.append(ConvNormAct(channels, HEAD_CHANNELS, 1, flavour=flavour, activation=flavour.activation))
         self.features = nn.Sequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(HEAD_CHANNELS, classes))
@@ -212,11 +233,15 @@ def _silu() -> nn.Module:
     return nn.SiLU(inplace=True)
 
 
+B0 = Flavour(squeeze=True, activation=_silu, epsilon=TORCH_BN_EPSILON, same_padding=False)
+LITE0 = Flavour(squeeze=False, activation=_relu6, epsilon=LITE_BN_EPSILON, same_padding=True)
+
+
 def mobilenet_effnet_b0(classes: int = 10) -> EfficientNet:
     """EfficientNet-B0: squeeze-and-excitation and SiLU; state dict equal in names and shapes to torchvision's."""
-    return EfficientNet(classes, squeeze=True, epsilon=TORCH_BN_EPSILON, activation=_silu)
+    return EfficientNet(classes, flavour=B0)
 
 
 def efficientnet_lite0(classes: int = 1000) -> EfficientNet:
     """EfficientNet-Lite0: B0 without squeeze-and-excitation, ReLU6 instead of SiLU, nothing scaled."""
-    return EfficientNet(classes, squeeze=False, epsilon=LITE_BN_EPSILON, activation=_relu6)
+    return EfficientNet(classes, flavour=LITE0)

@@ -1,0 +1,176 @@
+"""Streams images through the folded graph once and keeps a histogram of every activation.
+
+The graph itself reduces each activation to a minimum, a maximum and an even sample per image, so that only these
+leave onnxruntime; memory is that of one batch, however many images there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from edgewright.calibration.ranges import METHODS, Histogram, Range
+from edgewright.runtime.errors import CalibrationError
+
+__all__ = ["BATCH_SIZE", "CalibrationTable", "collect"]
+
+BATCH_SIZE = 8
+SAMPLES_PER_IMAGE = 1024
+"""Values per tensor and image that enter the histogram; minima and maxima see every value."""
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """What was measured, and everything that identifies it.
+
+    * onnx_sha256: of the folded graph; data: identity of the images and their preprocessing
+    * samples: number of images
+    * histograms: per activation tensor of the graph
+    """
+
+    onnx_sha256: str
+    data: str
+    samples: int
+    histograms: Mapping[str, Histogram]
+
+    def ranges(self, method: str) -> dict[str, Range]:
+        """A range per tensor by `method`, one of `METHODS`. Raises `CalibrationError` for another name."""
+        choose = METHODS.get(method)
+        if choose is None:
+            raise CalibrationError(f"unknown range method {method!r}", f"choose one of {', '.join(METHODS)}")
+        return {name: choose(histogram).with_zero() for name, histogram in self.histograms.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `from_json`."""
+        return {
+            "schema": "edgewright.calibration/1",
+            "onnx_sha256": self.onnx_sha256,
+            "data": self.data,
+            "samples": self.samples,
+            "tensors": {name: histogram.to_json() for name, histogram in self.histograms.items()},
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> CalibrationTable:
+        """The inverse of `to_json`."""
+        histograms = {name: Histogram.from_json(tensor) for name, tensor in content["tensors"].items()}
+        return cls(content["onnx_sha256"], content["data"], content["samples"], histograms)
+
+
+def collect(
+    model: ir.Model,
+    batches: Iterable[NDArray[np.float32]],
+    *,
+    onnx_sha256: str,
+    data: str,
+    threads: int = 0,
+    progress: Callable[[int], None] = lambda images: None,
+) -> CalibrationTable:
+    """One pass over `batches` (float32 `[N, C, H, W]`) through `model`; `progress` is told the images done so far.
+
+    `threads` is onnxruntime's number of threads, 0 for all cores.
+    Raises `CalibrationError` without images or where an activation is not finite.
+    """
+    import onnxruntime
+
+    observed, names = _with_observers(model)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(observed).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (input_name,) = (value.name for value in model.graph.inputs)
+    histograms = {name: Histogram.empty() for name in names}
+    outputs = [output for name in names for output in _observer_outputs(name)]
+    images = 0
+    for batch in batches:
+        results = iter(session.run(outputs, {input_name: batch}))
+        for name, histogram in histograms.items():
+            low, high, samples = next(results), next(results), next(results)
+            try:
+                histogram.add(samples, float(low.min()), float(high.max()))
+            except CalibrationError as error:
+                raise CalibrationError(
+                    f"activation {name} {error.message} among images {images + 1} … {images + len(batch)}",
+                    "check the weights and the preprocessing",
+                ) from None
+        images += len(batch)
+        progress(images)
+    if not images:
+        raise CalibrationError("there are no calibration images", "give --calibration DIR; random data is never used")
+    return CalibrationTable(onnx_sha256, data, images, histograms)
+
+
+def _observer_outputs(name: str) -> tuple[str, str, str]:
+    return f"{name}::min", f"{name}::max", f"{name}::samples"
+
+
+def _with_observers(model: ir.Model) -> tuple[ir.Model, tuple[str, ...]]:
+    """A copy of `model` that also yields min, max `[N]` and samples `[N, S]` of each float activation."""
+    observed = ir.from_proto(ir.to_proto(model))
+    graph = observed.graph
+    inputs = [value for value in graph.inputs if value.name not in graph.initializers]
+    values = [*inputs, *(value for node in graph for value in node.outputs)]
+    watched = [value for value in values if _is_batched_activation(value)]
+    axis_names: dict[int, ir.Value] = {}
+
+    def constant(name: str, numbers: list[int]) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64))
+        value.const_value = ir.tensor(np.array(numbers, np.int64), name=name)
+        graph.register_initializer(value)
+        return value
+
+    begin, end, axis = constant("::begin", [0]), constant("::end", [np.iinfo(np.int64).max]), constant("::axis", [1])
+    flat_shape = constant("::flat", [0, -1])
+    steps: dict[int, ir.Value] = {}
+    graph.outputs.clear()
+    for value in watched:
+        assert value.shape is not None
+        rank = value.shape.rank()
+        if rank not in axis_names:
+            axis_names[rank] = constant(f"::axes{rank}", list(range(1, rank)))
+        step = _sampling_step(math.prod(int(side) for side in value.shape[1:] if isinstance(side, int)))
+        if step not in steps:
+            steps[step] = constant(f"::step{step}", [step])
+        nodes = [
+            ir.node("ReduceMin", [value, axis_names[rank]], {"keepdims": 0}),
+            ir.node("ReduceMax", [value, axis_names[rank]], {"keepdims": 0}),
+            flat := ir.node("Reshape", [value, flat_shape]),
+            ir.node("Slice", [flat.outputs[0], begin, end, axis, steps[step]]),
+        ]
+        graph.extend(nodes)
+        for node, name in zip((nodes[0], nodes[1], nodes[3]), _observer_outputs(str(value.name)), strict=True):
+            output = node.outputs[0]
+            output.name, output.dtype = name, ir.DataType.FLOAT
+            graph.outputs.append(output)
+        flat.outputs[0].name = f"{value.name}::flat"
+    return observed, tuple(str(value.name) for value in watched)
+
+
+def _is_batched_activation(value: ir.Value) -> bool:
+    shape = value.shape
+    return (
+        value.dtype == ir.DataType.FLOAT
+        and shape is not None
+        and shape.rank() >= 2
+        and not isinstance(shape[0], int)
+        and all(isinstance(side, int) for side in shape[1:])
+    )
+
+
+def _sampling_step(size: int) -> int:
+    """The smallest step that leaves at most `SAMPLES_PER_IMAGE` of `size` values and shares no factor with `size`.
+
+    A step that divides the row length would look at a few columns only.
+    """
+    step = max(1, math.ceil(size / SAMPLES_PER_IMAGE))
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step

@@ -1,0 +1,156 @@
+"""Which nodes run in integers, which stay in floating point, and why: the plan, apart from any dialect.
+
+Rules for the CPU. They follow what onnxruntime can fuse: a convolution becomes an integer kernel only if its input,
+its weights and its output are quantized, so Q/DQ stands behind a convolution and its ReLU, never between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+__all__ = ["COMPUTE_OPERATORS", "Decision", "QuantPlan", "plan_for_cpu"]
+
+COMPUTE_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+CLAMPS = ("Relu", "Clip")  # the requantization behind an integer kernel clamps for free
+INTEGER_FOLLOWERS = ("MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Reshape", "Flatten", "Transpose")
+GATE_ENDS = ("Sigmoid", "HardSigmoid", "Clip")
+GATE_PARTS = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Sigmoid", "HardSigmoid", "Clip", "Reshape", "Flatten")
+POOLS = ("GlobalAveragePool", "ReduceMean")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one node runs in ("int8" or "fp32"), and why."""
+
+    node: str
+    operator: str
+    precision: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Decisions for the nodes that could be quantized, and the activation tensors that go through Q/DQ."""
+
+    decisions: tuple[Decision, ...]
+    activations: tuple[str, ...]
+
+    def nodes_in(self, precision: str) -> tuple[Decision, ...]:
+        """The decisions for `precision`."""
+        return tuple(decision for decision in self.decisions if decision.precision == precision)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a file that a person can read."""
+        return {
+            "schema": "edgewright.plan/1",
+            "decisions": [vars(decision) for decision in self.decisions],
+            "activations": list(self.activations),
+        }
+
+
+def plan_for_cpu(model: ir.Model) -> QuantPlan:
+    """A plan for folded `model` (FP32, batch normalization gone), for onnxruntime on the CPU."""
+    gates = dict(_gate_nodes(model.graph))
+    decisions: list[Decision] = []
+    activations: dict[str, None] = {}  # keeps the order of the graph
+    outputs = set(model.graph.outputs)
+    for node in model.graph:
+        precision, reason = _decide(node, gates, activations)
+        if precision is None:
+            continue
+        decisions.append(Decision(str(node.name), node.op_type, precision, reason))
+        if precision == "int8":
+            sources = _activation_inputs(node)
+            result = _clamped(node)
+            activations |= dict.fromkeys(str(value.name) for value in sources)
+            if not (node.op_type in ("Gemm", "MatMul") and result in outputs):
+                activations[str(result.name)] = None
+    return QuantPlan(tuple(decisions), tuple(activations))
+
+
+def _decide(
+    node: ir.Node, gates: Mapping[ir.Node, str], activations: Mapping[str, None]
+) -> tuple[str | None, str]:
+    if node in gates:
+        return ("fp32", gates[node]) if node.op_type != "GlobalAveragePool" else (None, "")
+    if node.op_type == "ConvTranspose":
+        return "fp32", "onnxruntime has no integer ConvTranspose"
+    if node.op_type in COMPUTE_OPERATORS:
+        if constant_weight(node) is None:
+            return "fp32", "its weight is computed at run time"
+        return "int8", "constant weight, integer kernel"
+    if node.op_type in INTEGER_FOLLOWERS:
+        if all(str(value.name) in activations for value in _activation_inputs(node)):
+            return "int8", "all its inputs are integers already"
+        return "fp32", "not all its inputs are integers"
+    if node.op_type == "Sigmoid" and _is_silu(node):
+        return "fp32", "SiLU: eight bits for the sigmoid and again for the product lose too much"
+    return None, ""
+
+
+def constant_weight(node: ir.Node) -> ir.Value | None:
+    """The constant second operand of a convolution or matrix product, or None if it is computed."""
+    weight = node.inputs[1] if len(node.inputs) > 1 else None
+    if weight is None or weight.const_value is None or weight.is_graph_input():
+        return None
+    return weight
+
+
+def _activation_inputs(node: ir.Node) -> tuple[ir.Value, ...]:
+    """The data inputs of a node: not weights, biases, shapes or other constants."""
+    values = node.inputs[:1] if node.op_type in (*COMPUTE_OPERATORS, "Reshape") else node.inputs
+    return tuple(value for value in values if value is not None and value.const_value is None)
+
+
+def _clamped(node: ir.Node) -> ir.Value:
+    """The node's output, or that of the ReLU or ReLU6 that alone reads it."""
+    output = node.outputs[0]
+    readers = output.consumers()
+    if len(readers) == 1 and readers[0].op_type in CLAMPS and not output.is_graph_output():
+        return readers[0].outputs[0]
+    return output
+
+
+def _is_silu(sigmoid: ir.Node) -> bool:
+    source = sigmoid.inputs[0]
+    readers = sigmoid.outputs[0].consumers()
+    return any(reader.op_type == "Mul" and source in reader.inputs for reader in readers)
+
+
+def _gate_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
+    """Nodes of squeeze-and-excitation gates: from a global pooling to the sigmoid whose result multiplies a map."""
+    for product in graph:
+        if product.op_type != "Mul":
+            continue
+        for gate in product.inputs:
+            end = gate.producer() if gate is not None else None
+            if end is None or end.op_type not in GATE_ENDS:
+                continue
+            branch = _branch_from_pooling(end)
+            if any(part.op_type in COMPUTE_OPERATORS for part in branch):
+                reason = f"squeeze-and-excitation gate of {product.name}: a tiny share of the work scales whole channels"
+                yield from ((part, reason) for part in branch)
+
+
+def _branch_from_pooling(end: ir.Node) -> tuple[ir.Node, ...]:
+    """All nodes between a global pooling and `end`, or nothing if some path leads elsewhere."""
+    branch: dict[ir.Node, None] = {}
+    waiting = [end]
+    while waiting:
+        node = waiting.pop()
+        if node in branch:
+            continue
+        branch[node] = None
+        if node.op_type in POOLS:
+            continue
+        if node.op_type not in GATE_PARTS:
+            return ()
+        producers = [value.producer() for value in _activation_inputs(node)]
+        if any(producer is None for producer in producers):
+            return ()
+        waiting += [producer for producer in producers if producer is not None]
+    return tuple(branch)
