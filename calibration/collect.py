@@ -29,13 +29,12 @@ SAMPLES_PER_IMAGE = 1024
 class CalibrationTable:
     """What was measured, and everything that identifies it.
 
-    * onnx_sha256: of the folded graph; data: identity of the images and their preprocessing
+    * identity: SHA-256 of the graph, identity of the images, preprocessing, versions: by name, in words
     * samples: number of images
     * histograms: per activation tensor of the graph
     """
 
-    onnx_sha256: str
-    data: str
+    identity: Mapping[str, str]
     samples: int
     histograms: Mapping[str, Histogram]
 
@@ -50,8 +49,7 @@ class CalibrationTable:
         """Plain values, for `from_json`."""
         return {
             "schema": "edgewright.calibration/1",
-            "onnx_sha256": self.onnx_sha256,
-            "data": self.data,
+            "identity": dict(self.identity),
             "samples": self.samples,
             "tensors": {name: histogram.to_json() for name, histogram in self.histograms.items()},
         }
@@ -60,15 +58,14 @@ class CalibrationTable:
     def from_json(cls, content: Mapping[str, Any]) -> CalibrationTable:
         """The inverse of `to_json`."""
         histograms = {name: Histogram.from_json(tensor) for name, tensor in content["tensors"].items()}
-        return cls(content["onnx_sha256"], content["data"], content["samples"], histograms)
+        return cls(content["identity"], content["samples"], histograms)
 
 
 def collect(
     model: ir.Model,
     batches: Iterable[NDArray[np.float32]],
     *,
-    onnx_sha256: str,
-    data: str,
+    identity: Mapping[str, str],
     threads: int = 0,
     progress: Callable[[int], None] = lambda images: None,
 ) -> CalibrationTable:
@@ -105,7 +102,7 @@ def collect(
         progress(images)
     if not images:
         raise CalibrationError("there are no calibration images", "give --calibration DIR; random data is never used")
-    return CalibrationTable(onnx_sha256, data, images, histograms)
+    return CalibrationTable(dict(identity), images, histograms)
 
 
 def _observer_outputs(name: str) -> tuple[str, str, str]:

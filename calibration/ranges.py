@@ -157,6 +157,7 @@ def entropy_range(histogram: Histogram) -> Range:
     with half of the levels on either side.
     """
     magnitudes = histogram.counts[HALF_BINS:] + histogram.counts[:HALF_BINS][::-1]
+    magnitudes[0] = magnitudes[1]  # ReLU's exact zeros cost nothing at any threshold and would drown the rest
     signed = histogram.minimum < 0.0
     levels = UINT8_LEVELS // 2 if signed else UINT8_LEVELS
     used = int(np.flatnonzero(magnitudes)[-1]) + 1 if magnitudes.any() else 0

@@ -84,6 +84,8 @@ def quantize_for_cpu(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, Rang
     for node in tuple(graph):
         if node.name in integer_nodes and node.op_type in COMPUTE_OPERATORS:
             _quantize_weight(graph, node, params)
+            if node.op_type == "Gemm" and str(node.outputs[0].name) not in params:
+                _add_bias_apart(graph, node)
     values = {value.name: value for value in graph.inputs}
     values |= {value.name: value for node in graph for value in node.outputs}
     for name in plan.activations:
@@ -129,6 +131,29 @@ def _bias_floor(node: ir.Node, source: QParams) -> NDArray[np.float64] | float:
     values = np.abs(bias.const_value.numpy().astype(np.float64)).reshape(-1)
     floor: NDArray[np.float64] = values / (float(source.scale) * (INT32_MAX - 1))
     return floor
+
+
+def _add_bias_apart(graph: ir.Graph, node: ir.Node) -> None:
+    """Gemm(x, w, c) as Add(Gemm(x, w), c) where the result stays float, as logits do.
+
+    onnxruntime's integer Gemm with a float result takes no float bias; with one it would run in FP32.
+    """
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return
+    product = node.outputs[0]
+    total = ir.node("Add", [product, bias], name=f"{node.name}::bias")
+    result = total.outputs[0]
+    result.shape, result.dtype, result.name = product.shape, product.dtype, product.name
+    product.name = f"{product.name}::product"
+    for reader, index in tuple(product.uses()):
+        if reader is not total:
+            reader.replace_input_with(index, result)
+    for index, output in enumerate(graph.outputs):
+        if output is product:
+            graph.outputs[index] = result
+    node.resize_inputs(2)
+    graph.insert_after(node, total)
 
 
 def _channel_axis(node: ir.Node, rank: int) -> int:

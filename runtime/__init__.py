@@ -1,1 +1,11 @@
-"""The device side."""
+"""The device side: preprocessing, backends, `Session` and parity, with numpy, Pillow and one backend's package.
+
+Imports neither torch nor onnx, and nothing outside this folder.
+"""
+
+from .errors import EdgewrightError
+from .preprocess import Preprocess
+from .session import Prediction, Session
+from .specs import EngineInfo, TensorSpec
+
+__all__ = ["EdgewrightError", "EngineInfo", "Prediction", "Preprocess", "Session", "TensorSpec"]

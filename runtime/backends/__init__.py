@@ -1,0 +1,18 @@
+"""The backends, by the names of the contract; each file imports its library only when it is used."""
+
+from __future__ import annotations
+
+from ..errors import EngineError
+from .base import Absence, Backend, BuildRequest, Built, Runner
+from .onnxruntime_cpu import OnnxRuntimeBackend
+
+__all__ = ["BACKENDS", "Absence", "Backend", "BuildRequest", "Built", "Runner", "backend_named"]
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (OnnxRuntimeBackend(),)}
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name. Raises `EngineError` if there is none."""
+    if name not in BACKENDS:
+        raise EngineError(f"unknown backend {name!r}", f"there are {', '.join(BACKENDS)}")
+    return BACKENDS[name]

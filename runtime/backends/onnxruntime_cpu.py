@@ -1,0 +1,163 @@
+"""onnxruntime on the CPU. The engine file is the ONNX graph itself; onnxruntime compiles it when it is loaded.
+
+What was really built is read from a profile of one run: onnxruntime records each kernel with the types of its inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import platform
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BuildError, EngineError
+from ..specs import LayerPrecision, TensorSpec
+from .base import Absence, Backend, BuildRequest, Built, Runner
+
+__all__ = ["OnnxRuntimeBackend"]
+
+PROVIDERS = ["CPUExecutionProvider"]
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")  # both install the import name onnxruntime
+COMPUTE_WORDS = ("Conv", "Gemm", "MatMul")
+KERNEL_SUFFIX = "_kernel_time"
+ERRORS_ONLY = 3  # onnxruntime's log severity: 0 verbose … 4 fatal
+PRECISION_OF_TYPE = {
+    "float": "fp32",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "uint8": "int8",
+    "int8": "int8",
+    "double": "fp64",
+}
+DTYPE_OF_TYPE = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+
+
+class OnnxRuntimeBackend(Backend):
+    """FP32 and explicit-Q/DQ INT8 graphs on the CPU."""
+
+    name = "onnxruntime"
+    precisions = ("fp32", "int8")
+    dialect = "cpu"
+    suffix = ".onnx"
+
+    def absence(self) -> Absence | None:
+        """onnxruntime is one import away, or it is not."""
+        if importlib.util.find_spec("onnxruntime") is not None:
+            return None
+        return Absence("package_missing", "the package onnxruntime is not installed", "pip install 'edgewright[cpu]'")
+
+    def version(self) -> str:
+        """Of whichever distribution brings the import name."""
+        for distribution in DISTRIBUTIONS:
+            try:
+                return metadata.version(distribution)
+            except metadata.PackageNotFoundError:
+                continue
+        return "unknown"
+
+    def build_impl(self, request: BuildRequest) -> Built:
+        """Compiles the graph once, runs it on zeros, and reads the kernels off the profile."""
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                session = _session(request.onnx, threads=0, profile=Path(folder) / "profile")
+            except EngineError as error:
+                raise BuildError(f"onnxruntime refused the {request.precision} graph: {error.message}") from error
+            inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
+            zeros = {spec.name: np.zeros([side or 1 for side in spec.shape], spec.dtype) for spec in inputs}
+            session.run(None, zeros)
+            layers = _compute_layers(json.loads(Path(session.end_profiling()).read_text()))
+        return Built(request.onnx, inputs, outputs, layers, {"onnxruntime": self.version()})
+
+    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
+        """A session on the CPU provider alone."""
+        absence = self.absence()
+        if absence is not None:
+            raise EngineError(absence.reason, absence.hint)
+        return OnnxRuntimeRunner(_session(engine, threads=threads))
+
+
+class OnnxRuntimeRunner(Runner):
+    """An onnxruntime session; its outputs are fresh arrays already."""
+
+    def __init__(self, session: Any) -> None:
+        super().__init__(_specs(session.get_inputs()), _specs(session.get_outputs()))
+        self._session = session
+
+    def infer_impl(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """One run."""
+        results = self._session.run(None, dict(feeds))
+        return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
+
+    def close_impl(self) -> None:
+        """The session's memory goes with its last reference."""
+        self._session = None
+
+
+def _session(graph: bytes, *, threads: int, profile: Path | None = None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = ERRORS_ONLY
+    # Threads that spin after a run take the cores from whatever runs next, another engine in a comparison above all.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if _saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=PROVIDERS)
+    except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+        lines = str(error).splitlines()
+        raise EngineError(
+            f"onnxruntime cannot load the graph: {lines[0] if lines else error!r}", "build it again"
+        ) from error
+
+
+@functools.cache
+def _saturates() -> bool:
+    """Whether U8 × S8 products would be added in 16 bits, with saturation: x86 without VNNI.
+
+    Exact kernels are slower (2.5 times, measured on EfficientNet-Lite0), so they are taken only where needed.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return True  # not Linux: unknown, so be exact
+    return "avx512_vnni" not in flags and "avx_vnni" not in flags
+
+
+def _specs(values: Any) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            value.name,
+            tuple(side if isinstance(side, int) else None for side in value.shape),
+            DTYPE_OF_TYPE.get(value.type, value.type),
+        )
+        for value in values
+    )
+
+
+def _compute_layers(events: list[dict[str, Any]]) -> tuple[LayerPrecision, ...]:
+    layers: dict[str, LayerPrecision] = {}
+    for event in events:
+        details = event.get("args", {})
+        operator, name = details.get("op_name", ""), event.get("name", "")
+        if not name.endswith(KERNEL_SUFFIX) or not any(word in operator for word in COMPUTE_WORDS):
+            continue
+        types = details.get("input_type_shape") or [{}]
+        (kind,) = list(types[0]) or ["unknown"]
+        node = name.removesuffix(KERNEL_SUFFIX)
+        layers[node] = LayerPrecision(node, operator, PRECISION_OF_TYPE.get(kind, kind))
+    return tuple(layers.values())

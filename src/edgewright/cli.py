@@ -1,0 +1,326 @@
+"""The command line: a thin shell that prints what the library returns.
+
+The stages of the workstation are imported only by the commands that use them; `run` needs no more than the base
+install and one backend's package.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgewright.runtime.errors import EdgewrightError, EngineError, WorkspaceError
+
+if TYPE_CHECKING:
+    from edgewright.pipeline import Options, Pipeline
+
+__all__ = ["main"]
+
+DEFAULT_MODEL = "mobilenet_effnet_b0"
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="edgewright")
+def cli() -> None:
+    """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
+
+
+def model_options(command: Command) -> Command:
+    """The options of every command that runs stages."""
+    decorators = (
+        click.argument("model", default=DEFAULT_MODEL),
+        click.option("--weights", default="default", help="default, imagenet, random, or a .safetensors or .pth file."),
+        click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build"), show_default=True),
+        click.option("--opset", type=int, default=19, show_default=True, help="ONNX opset, 18 to 20."),
+        click.option("--calibration", type=click.Path(path_type=Path), help="Folder of calibration images."),
+        click.option("--evaluation", type=click.Path(path_type=Path), help="Folder of evaluation images."),
+        click.option("--allow-overlap", is_flag=True, help="Accept the same image in both folders."),
+        click.option(
+            "--method",
+            type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
+            default="mse",
+            show_default=True,
+            help="How activation ranges are chosen.",
+        ),
+        click.option(
+            "--max-drop",
+            type=click.FloatRange(0.0, 100.0),
+            default=0.5,
+            show_default=True,
+            help="Budget: the largest loss of top-1, in points.",
+        ),
+        click.option("--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."),
+        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
+    )
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[..., None]:
+    """A command that makes stages and says what they gave; `run` returns the document's own fields."""
+
+    @functools.wraps(run)
+    def command(as_json: bool, **arguments: Any) -> None:
+        from edgewright.console import ConsoleObserver
+        from edgewright.pipeline import Pipeline
+        from edgewright.report import stage_document
+
+        with ConsoleObserver() as observer:
+            pipeline = Pipeline(_options(**arguments), observer)
+            with pipeline.workspace.locked():
+                fields = run(pipeline)
+        schema = f"edgewright.{click.get_current_context().info_name}/1"
+        document = {
+            "schema": schema,
+            "model": arguments["model"],
+            **fields,
+            "stages": [stage_document(stage) for stage in pipeline.runs],
+        }
+        if as_json:
+            click.echo(json.dumps(document, indent=1))
+        else:
+            for name, value in fields.items():
+                click.echo(f"{name}: {value}")
+
+    return cli.command()(model_options(command))
+
+
+def _options(max_drop: float, **arguments: Any) -> Options:
+    from edgewright.pipeline import Options
+
+    return Options(budget=max_drop / 100, **arguments)
+
+
+@pipeline_command
+def export(pipeline: Pipeline) -> dict[str, Any]:
+    """Export MODEL to ONNX, checked against PyTorch."""
+    return {"path": str(pipeline.workspace.path(pipeline.exported.path)), "opset": pipeline.exported.opset}
+
+
+@pipeline_command
+def fold(pipeline: Pipeline) -> dict[str, Any]:
+    """Fold batch normalization into the convolutions."""
+    path = pipeline.workspace.path(pipeline.folded.path)
+    facts = pipeline.runs[-1].facts
+    return {
+        "path": str(path),
+        "folded": facts["folded"],
+        "left": [f"{skip['node']}: {skip['reason']}" for skip in facts["skipped"]],
+        "difference": facts["difference"],
+    }
+
+
+@pipeline_command
+def calibrate(pipeline: Pipeline) -> dict[str, Any]:
+    """Measure the range of every activation on calibration images."""
+    _ = pipeline.calibrated
+    facts = pipeline.runs[-1].facts
+    return {"path": str(pipeline.workspace.path("calibration.json")), **facts}
+
+
+@pipeline_command
+def quantize(pipeline: Pipeline) -> dict[str, Any]:
+    """Write the INT8 graph with explicit Q/DQ."""
+    artifact = pipeline.quantized("cpu")
+    facts = pipeline.runs[-1].facts
+    return {
+        "path": str(pipeline.workspace.path(artifact.path)),
+        "int8_layers": facts["int8_layers"],
+        "layers": facts["layers"],
+    }
+
+
+@pipeline_command
+def build(pipeline: Pipeline) -> dict[str, Any]:
+    """Build an engine for every backend that is installed."""
+    rows = pipeline.built
+    return {
+        "engines": [
+            {
+                "backend": row.backend,
+                "precision": row.precision,
+                "path": row.path and str(pipeline.workspace.path(row.path)),
+                "actual": row.info.actual_precision if row.info else {},
+                "status": row.status,
+                "reason": row.reason,
+            }
+            for row in rows
+        ]
+    }
+
+
+def _prove(as_json: bool, **arguments: Any) -> None:
+    from edgewright.console import ConsoleObserver, print_outcome
+    from edgewright.pipeline import Pipeline
+    from edgewright.report import EXIT_CODES, engine_document
+    from edgewright.runtime.files import write_json
+    from edgewright.runtime.session import REPORT_FILE
+
+    with ConsoleObserver() as observer:
+        pipeline = Pipeline(_options(**arguments), observer)
+        with pipeline.workspace.locked():
+            outcome = pipeline.prove()
+            document = engine_document(outcome)
+            write_json(pipeline.workspace.path(REPORT_FILE), document)
+    if as_json:
+        click.echo(json.dumps(document, indent=1))
+    else:
+        print_outcome(outcome, pipeline.workspace.folder)
+    sys.exit(EXIT_CODES[outcome.verdict])
+
+
+@cli.command()
+@model_options
+def engine(**arguments: Any) -> None:
+    """Everything: export, fold, calibrate, quantize, build, and prove every engine against PyTorch.
+
+    Exit code 0: the recommended engine passes; 3: none passes; 4: more images are needed; 1: an error.
+    """
+    _prove(**arguments)
+
+
+@cli.command()
+@model_options
+def verify(**arguments: Any) -> None:
+    """Compare every engine with PyTorch on the evaluation images; builds what is missing."""
+    _prove(**arguments)
+
+
+@cli.command()
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--engine", "path", type=click.Path(path_type=Path), help="Engine file or build folder.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Use build/MODEL when --engine is not given.")
+@click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build"), show_default=True)
+@click.option("--backend", help="Instead of the recommended one.")
+@click.option("--precision", help="Instead of the recommended one.")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to name.")
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: all cores.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def run(
+    images: tuple[Path, ...],
+    path: Path | None,
+    model: str,
+    build_dir: Path,
+    backend: str | None,
+    precision: str | None,
+    top: int,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Classify IMAGES with a built engine."""
+    from edgewright.runtime.session import Session
+
+    with Session.open(path or build_dir / model, backend=backend, precision=precision, threads=threads) as session:
+        click.echo(f"engine: {session.why}", err=True)
+        results = session.classify(images, top)
+        if as_json:
+            document = {
+                "schema": "edgewright.run/1",
+                "engine": {"backend": session.info.backend, "precision": session.info.precision},
+                "images": [
+                    {"image": str(image), "top": [vars(prediction) for prediction in predictions]}
+                    for image, predictions in zip(images, results, strict=True)
+                ],
+            }
+            click.echo(json.dumps(document, indent=1))
+            return
+    for image, predictions in zip(images, results, strict=True):
+        click.echo(str(image))
+        for prediction in predictions:
+            click.echo(f"  {100 * prediction.probability:6.2f} %  {prediction.label}")
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def models(as_json: bool) -> None:
+    """List the networks and where their weights come from."""
+    from edgewright.export.models import MODELS
+
+    if as_json:
+        listed = [
+            {
+                "name": name,
+                "summary": entry.summary,
+                "weights": {key: weights.summary for key, weights in entry.weights.items()},
+            }
+            for name, entry in MODELS.items()
+        ]
+        click.echo(json.dumps({"schema": "edgewright.models/1", "models": listed}, indent=1))
+        return
+    for name, entry in MODELS.items():
+        click.echo(f"{name}\n  {entry.summary}")
+        for key, weights in entry.weights.items():
+            click.echo(f"  --weights {key:<10} {weights.summary}")
+
+
+@cli.command()
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--output", type=click.Path(path_type=Path), help="Default: build/MODEL/trained.safetensors.")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's idx files.")
+@click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build"), show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def train(model: str, output: Path | None, data: Path | None, build_dir: Path, as_json: bool) -> None:
+    """Train MODEL on Fashion-MNIST, by the recipe of the shipped checkpoint; goes on where it was stopped."""
+    from edgewright.console import ConsoleObserver
+    from edgewright.train import train_checkpoint
+    from edgewright.workspace import Workspace
+
+    workspace = Workspace(build_dir / model)
+    with ConsoleObserver() as observer, workspace.locked():
+        path = output or workspace.path("trained.safetensors")
+        top1 = train_checkpoint(
+            model,
+            path,
+            data=data,
+            state_file=workspace.path("training.pt"),
+            progress=functools.partial(observer.progressed, "train"),
+        )
+    if as_json:
+        click.echo(json.dumps({"schema": "edgewright.train/1", "model": model, "path": str(path), "top1": top1}))
+    else:
+        click.echo(f"{path}: top-1 {100 * top1:.2f} % on the 10,000 test images")
+
+
+def main() -> None:
+    """Entry point of the `edgewright` command: errors are one line on stderr, or a JSON document with --json."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except EdgewrightError as error:
+        sys.exit(_reported(error))
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; finished stages are kept, the next run goes on", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left; there is nobody to tell
+        sys.exit(1)
+    except MemoryError:
+        sys.exit(_reported(WorkspaceError("out of memory", "use fewer --threads or a smaller input")))
+    except ImportError as error:
+        sys.exit(_reported(EngineError(f"{error.name} is not installed here", "pip install 'edgewright[build,cpu]'")))
+
+
+def _reported(error: EdgewrightError) -> int:
+    if "--json" in sys.argv:
+        document = {
+            "schema": "edgewright.error/1",
+            "error": type(error).__name__,
+            "message": error.message,
+            "remedy": error.remedy,
+        }
+        click.echo(json.dumps(document))
+    click.echo(f"error: {error}", err=True)
+    return 1

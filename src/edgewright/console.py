@@ -1,0 +1,124 @@
+"""What is seen while the stages run: a line per stage, a bar for anything that takes more than two seconds.
+
+All of it goes to stderr; stdout is for results.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from edgewright.pipeline import Outcome
+from edgewright.report import engine_table, remarks, stage_line, verdict_line
+from edgewright.workspace import Observer, StageRun
+
+__all__ = ["ConsoleObserver", "print_outcome"]
+
+SECONDS_BEFORE_BAR = 2.0
+
+
+class ConsoleObserver(Observer):
+    """Prints to stderr. Use it in a `with`, so that no bar is left behind."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar: _DelayedBar | None = None
+
+    def __enter__(self) -> ConsoleObserver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove_bar()
+
+    def started(self, stage: str) -> None:
+        """Begins to wait for the bar."""
+        self._remove_bar()
+        self._bar = _DelayedBar(self._console, stage)
+
+    def progressed(self, stage: str, done: int, total: int, text: str = "") -> None:
+        """Moves the bar."""
+        if self._bar is None:
+            self._bar = _DelayedBar(self._console, stage)
+        self._bar.move(done, total, text)
+
+    def finished(self, run: StageRun) -> None:
+        """Replaces the bar by a line."""
+        self._remove_bar()
+        self._console.print(stage_line(run, _note(run)), markup=False)
+
+    def noted(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, markup=False)
+
+    def _remove_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.remove()
+            self._bar = None
+
+
+class _DelayedBar:
+    """A progress bar that appears after two seconds, so that quick stages leave no flicker."""
+
+    def __init__(self, console: Console, stage: str) -> None:
+        self._progress = Progress(
+            TextColumn("  {task.description:<24}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,  # in a log file a bar is a blank line
+        )
+        self._task: TaskID = self._progress.add_task(stage, total=None, text="")
+        self._lock = threading.Lock()
+        self._removed = False
+        self._timer = threading.Timer(SECONDS_BEFORE_BAR, self._show)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def move(self, done: int, total: int, text: str) -> None:
+        self._progress.update(self._task, completed=done, total=total, text=text)
+
+    def remove(self) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._removed = True
+            self._progress.stop()
+
+    def _show(self) -> None:
+        with self._lock:
+            if not self._removed:
+                self._progress.start()
+
+
+def print_outcome(outcome: Outcome, folder: Path) -> None:
+    """The table, the remarks and the verdict line, on stdout."""
+    console = Console(highlight=False)
+    console.print(engine_table(outcome))
+    plain = Console(highlight=False, soft_wrap=True)
+    for line in remarks(outcome):
+        plain.print(line, markup=False)
+    plain.print(verdict_line(outcome, str(folder)), markup=False, style="bold")
+
+
+def _note(run: StageRun) -> str:
+    """What a stage says beside its seconds."""
+    facts: Mapping[str, Any] = run.facts
+    if run.name == "fold":
+        left = f", {len(facts['skipped'])} left" if facts["skipped"] else ""
+        return f"{facts['folded']} batch norms folded{left}, differs by {facts['difference']:.0e}"
+    if run.name == "calibrate":
+        return f"{facts['images']} images, {facts['tensors']} activations"
+    if run.name == "quantize":
+        return f"{facts['int8_layers']} of {facts['layers']} layers to INT8"
+    if run.name.startswith("build"):
+        return ", ".join(f"{count} × {precision}" for precision, count in facts["actual"].items())
+    return ""
