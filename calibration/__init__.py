@@ -1,0 +1,1 @@
+"""Images → ranges: data sets, and what the activations of a graph are on them."""

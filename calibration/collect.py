@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from edgewright.calibration.ranges import METHODS, Histogram, Range
+from edgewright.calibration.ranges import METHODS, Histogram, Range, Transfer, mse_range
 from edgewright.runtime.errors import CalibrationError
 
 __all__ = ["BATCH_SIZE", "CalibrationTable", "collect"]
@@ -38,12 +38,29 @@ class CalibrationTable:
     samples: int
     histograms: Mapping[str, Histogram]
 
-    def ranges(self, method: str) -> dict[str, Range]:
-        """A range per tensor by `method`, one of `METHODS`. Raises `CalibrationError` for another name."""
+    def ranges(
+        self, method: str, names: Iterable[str] | None = None, transfers: Mapping[str, Transfer] | None = None
+    ) -> dict[str, Range]:
+        """A range by `method`, one of `METHODS`, for each tensor or those in `names`.
+
+        `transfers` names tensors that only an elementwise function reads; the method "mse" measures behind it.
+        Raises `CalibrationError` for another method, or a tensor that was not measured.
+        """
         choose = METHODS.get(method)
         if choose is None:
             raise CalibrationError(f"unknown range method {method!r}", f"choose one of {', '.join(METHODS)}")
-        return {name: choose(histogram).with_zero() for name, histogram in self.histograms.items()}
+        wanted = self.histograms if names is None else {name: self._histogram(name) for name in names}
+        ranges = {}
+        for name, histogram in wanted.items():
+            transfer = (transfers or {}).get(name) if method == "mse" else None
+            chosen = mse_range(histogram, transfer) if transfer is not None else choose(histogram)
+            ranges[name] = chosen.with_zero()
+        return ranges
+
+    def _histogram(self, name: str) -> Histogram:
+        if name not in self.histograms:
+            raise CalibrationError(f"activation {name} was not measured", "calibrate this graph again")
+        return self.histograms[name]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `from_json`."""
@@ -72,10 +89,11 @@ def collect(
     """One pass over `batches` (float32 `[N, C, H, W]`) through `model`; `progress` is told the images done so far.
 
     `threads` is onnxruntime's number of threads, 0 for all cores.
-    Raises `CalibrationError` without images or where an activation is not finite.
+    Raises `CalibrationError` without images, or where a weight is NaN or an activation not finite.
     """
     import onnxruntime
 
+    _check_weights(model)
     observed, names = _with_observers(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -88,21 +106,35 @@ def collect(
     outputs = [output for name in names for output in _observer_outputs(name)]
     images = 0
     for batch in batches:
+        last = images + len(batch)
+        if not np.isfinite(batch).all():
+            raise _not_finite(str(input_name), "holds NaN or infinite values", images + 1, last)
         results = iter(session.run(outputs, {input_name: batch}))
         for name, histogram in histograms.items():
             low, high, samples = next(results), next(results), next(results)
             try:
                 histogram.add(samples, float(low.min()), float(high.max()))
             except CalibrationError as error:
-                raise CalibrationError(
-                    f"activation {name} {error.message} among images {images + 1} … {images + len(batch)}",
-                    "check the weights and the preprocessing",
-                ) from None
-        images += len(batch)
+                raise _not_finite(name, error.message, images + 1, last) from None
+        images = last
         progress(images)
     if not images:
         raise CalibrationError("there are no calibration images", "give --calibration DIR; random data is never used")
     return CalibrationTable(dict(identity), images, histograms)
+
+
+def _not_finite(name: str, fact: str, first: int, last: int) -> CalibrationError:
+    return CalibrationError(
+        f"activation {name} {fact} among images {first} … {last}", "check the weights and the preprocessing"
+    )
+
+
+def _check_weights(model: ir.Model) -> None:
+    """ReduceMin and ReduceMax of onnxruntime step over a NaN, so it is looked for where it could come from."""
+    for name, value in model.graph.initializers.items():
+        weight = value.const_value
+        if weight is not None and weight.dtype == ir.DataType.FLOAT and np.isnan(weight.numpy()).any():
+            raise CalibrationError(f"weight {name} holds NaN", "export the model again from sound weights")
 
 
 def _observer_outputs(name: str) -> tuple[str, str, str]:

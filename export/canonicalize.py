@@ -17,17 +17,20 @@ from onnx_ir.passes.common import (
     IdentityEliminationPass,
     LiftConstantsToInitializersPass,
     RemoveUnusedNodesPass,
+    ShapeInferencePass,
 )
 from onnxscript.optimizer import fold_constants
 
 __all__ = ["canonicalize"]
 
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # where the exporter knows no module
+FOLDED_ELEMENTS = 1 << 26  # 256 MiB of float32: the weight of any layer, standardized or transposed
 
 
 def canonicalize(model: ir.Model) -> None:
     """Cleans a freshly exported `model` in place; its outputs stay what they are."""
-    fold_constants(model)
+    fold_constants(model, input_size_limit=FOLDED_ELEMENTS, output_size_limit=FOLDED_ELEMENTS)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     IdentityEliminationPass()(model)
     for node in tuple(model.graph):
@@ -36,11 +39,25 @@ def canonicalize(model: ir.Model) -> None:
         _keep_batch_by_copying(model.graph, node)
         _name_global_pooling(node)
     RemoveUnusedNodesPass()(model)
+    ShapeInferencePass()(model)  # the exporter leaves the inside of decomposed operators, such as SiLU, without shapes
     _name_after_modules(model.graph)
     model.functions.clear()
-    model.metadata_props.clear()
-    ClearMetadataAndDocStringPass()(model)
+    _remove_metadata(model)
     model.graph.name = "main"
+
+
+def _remove_metadata(model: ir.Model) -> None:
+    ClearMetadataAndDocStringPass()(model)  # of the graph and its nodes
+    model.metadata_props.clear()
+    model.doc_string = None
+    values = (
+        *model.graph.inputs,
+        *model.graph.initializers.values(),
+        *(v for node in model.graph for v in node.outputs),
+    )
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None
 
 
 def _drop_zero_bias(node: ir.Node) -> None:
@@ -120,7 +137,7 @@ def _name_after_modules(graph: ir.Graph) -> None:
     kept = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get(SCOPES_KEY, "[]"))
-        module = scopes[-2] if len(scopes) > 1 else ""
+        module = scopes[-2] if len(scopes) > 1 and scopes[-2] != NO_MODULE else ""
         name = f"{module}/{node.op_type}" if module else node.op_type
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"

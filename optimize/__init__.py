@@ -1,0 +1,1 @@
+"""ONNX → ONNX: folding of batch normalization, the plan for integers, explicit Q/DQ."""

@@ -34,10 +34,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """Decisions for the nodes that could be quantized, and the activation tensors that go through Q/DQ."""
+    """Decisions for the nodes that could be quantized, and the activation tensors that go through Q/DQ.
+
+    * silu_inputs: those of `activations` that a SiLU alone reads, so that only what is left behind it matters
+    """
 
     decisions: tuple[Decision, ...]
     activations: tuple[str, ...]
+    silu_inputs: tuple[str, ...] = ()
 
     def nodes_in(self, precision: str) -> tuple[Decision, ...]:
         """The decisions for `precision`."""
@@ -49,6 +53,7 @@ class QuantPlan:
             "schema": "edgewright.plan/1",
             "decisions": [vars(decision) for decision in self.decisions],
             "activations": list(self.activations),
+            "silu_inputs": list(self.silu_inputs),
         }
 
 
@@ -69,12 +74,11 @@ def plan_for_cpu(model: ir.Model) -> QuantPlan:
             activations |= dict.fromkeys(str(value.name) for value in sources)
             if not (node.op_type in ("Gemm", "MatMul") and result in outputs):
                 activations[str(result.name)] = None
-    return QuantPlan(tuple(decisions), tuple(activations))
+    silu_inputs = (str(node.inputs[0].name) for node in model.graph if _is_silu(node) and node.inputs[0] is not None)
+    return QuantPlan(tuple(decisions), tuple(activations), tuple(name for name in silu_inputs if name in activations))
 
 
-def _decide(
-    node: ir.Node, gates: Mapping[ir.Node, str], activations: Mapping[str, None]
-) -> tuple[str | None, str]:
+def _decide(node: ir.Node, gates: Mapping[ir.Node, str], activations: Mapping[str, None]) -> tuple[str | None, str]:
     if node in gates:
         return ("fp32", gates[node]) if node.op_type != "GlobalAveragePool" else (None, "")
     if node.op_type == "ConvTranspose":
@@ -84,10 +88,12 @@ def _decide(
             return "fp32", "its weight is computed at run time"
         return "int8", "constant weight, integer kernel"
     if node.op_type in INTEGER_FOLLOWERS:
+        if node.op_type in ("Add", "Concat") and any(value.const_value is not None for value in node.inputs if value):
+            return "fp32", "one of its operands is a constant, which stays float"
         if all(str(value.name) in activations for value in _activation_inputs(node)):
             return "int8", "all its inputs are integers already"
         return "fp32", "not all its inputs are integers"
-    if node.op_type == "Sigmoid" and _is_silu(node):
+    if _is_silu(node):
         return "fp32", "SiLU: eight bits for the sigmoid and again for the product lose too much"
     return None, ""
 
@@ -115,16 +121,19 @@ def _clamped(node: ir.Node) -> ir.Value:
     return output
 
 
-def _is_silu(sigmoid: ir.Node) -> bool:
-    source = sigmoid.inputs[0]
-    readers = sigmoid.outputs[0].consumers()
-    return any(reader.op_type == "Mul" and source in reader.inputs for reader in readers)
+def _is_silu(node: ir.Node) -> bool:
+    """Whether `node` is the Sigmoid of x · sigmoid(x), and nothing else reads x."""
+    source = node.inputs[0] if node.op_type == "Sigmoid" else None
+    products = node.outputs[0].consumers()
+    if source is None or len(products) != 1 or products[0].op_type != "Mul" or source not in products[0].inputs:
+        return False
+    return set(source.consumers()) == {node, products[0]} and not source.is_graph_output()
 
 
 def _gate_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
     """Nodes of squeeze-and-excitation gates: from a global pooling to the sigmoid whose result multiplies a map."""
     for product in graph:
-        if product.op_type != "Mul":
+        if product.op_type not in ("Mul", "Div"):  # relu6(x + 3) / 6 is a gate too
             continue
         for gate in product.inputs:
             end = gate.producer() if gate is not None else None
@@ -132,7 +141,9 @@ def _gate_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
                 continue
             branch = _branch_from_pooling(end)
             if any(part.op_type in COMPUTE_OPERATORS for part in branch):
-                reason = f"squeeze-and-excitation gate of {product.name}: a tiny share of the work scales whole channels"
+                reason = (
+                    f"squeeze-and-excitation gate of {product.name}: a tiny share of the work scales whole channels"
+                )
                 yield from ((part, reason) for part in branch)
 
 

@@ -9,6 +9,7 @@ Integer-Arithmetic-Only Inference": real = scale · (integer − zero_point).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -22,7 +23,8 @@ from edgewright.runtime.errors import QuantizationError
 
 __all__ = ["QParams", "asymmetric_u8", "quantize", "quantize_for_cpu", "symmetric_i8"]
 
-INT32_MAX = 2**31 - 1
+BIAS_LIMIT = 2**30
+"""Half of an int32: rounding of the bias in float32 and the products that are added to it fit into the other half."""
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 
@@ -69,14 +71,19 @@ def quantize(values: NDArray[np.float32], params: QParams) -> NDArray[np.uint8] 
         shape[params.axis] = -1
     limits = np.iinfo(params.zero_point.dtype)
     integers = np.rint(values / params.scale.reshape(shape)) + params.zero_point.reshape(shape)
-    return np.clip(integers, limits.min, limits.max).astype(params.zero_point.dtype)
+    quantized: NDArray[np.uint8] | NDArray[np.int8] = np.clip(integers, limits.min, limits.max).astype(limits.dtype)
+    return quantized
 
 
 def quantize_for_cpu(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, Range]) -> ir.Model:
     """A copy of FP32 `model` with Q/DQ where `plan` says so; `ranges` per activation tensor.
 
-    Raises `QuantizationError` if a range is missing or a weight is not finite.
+    Raises `QuantizationError` if a range is missing, a weight is not finite, or nodes share a name.
     """
+    names = Counter(decision.node for decision in plan.decisions)
+    for name, count in names.items():
+        if count > 1 or not name:
+            raise QuantizationError(f"{count} nodes are called {name!r}, expected a name for each", "name every node")
     quantized = ir.from_proto(ir.to_proto(model))
     graph = quantized.graph
     integer_nodes = {decision.node for decision in plan.nodes_in("int8")}
@@ -102,7 +109,8 @@ def _range_of(name: str, ranges: Mapping[str, Range]) -> Range:
 
 def _quantize_weight(graph: ir.Graph, node: ir.Node, params: Mapping[str, QParams]) -> None:
     value = constant_weight(node)
-    assert value is not None and value.const_value is not None, "the plan leaves computed weights in float"
+    assert value is not None, "the plan leaves computed weights in float"
+    assert value.const_value is not None
     weight = value.const_value.numpy()
     axis = _channel_axis(node, weight.ndim)
     source = node.inputs[0]
@@ -116,8 +124,8 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node, params: Mapping[str, QParam
     dequantized = _dequantize_node(graph, integers, weight_params, f"{node.name}::weight")
     graph.insert_before(node, dequantized)
     node.replace_input_with(1, dequantized.outputs[0])
-    if not value.uses() and value.name in graph.initializers:
-        del graph.initializers[value.name]
+    if not value.uses() and str(value.name) in graph.initializers:
+        del graph.initializers[str(value.name)]
 
 
 def _bias_floor(node: ir.Node, source: QParams) -> NDArray[np.float64] | float:
@@ -129,7 +137,7 @@ def _bias_floor(node: ir.Node, source: QParams) -> NDArray[np.float64] | float:
     if bias is None or bias.const_value is None:
         return 0.0
     values = np.abs(bias.const_value.numpy().astype(np.float64)).reshape(-1)
-    floor: NDArray[np.float64] = values / (float(source.scale) * (INT32_MAX - 1))
+    floor: NDArray[np.float64] = values / (float(source.scale) * BIAS_LIMIT)
     return floor
 
 
@@ -139,12 +147,12 @@ def _add_bias_apart(graph: ir.Graph, node: ir.Node) -> None:
     onnxruntime's integer Gemm with a float result takes no float bias; with one it would run in FP32.
     """
     bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None:
+    if bias is None or node.attributes.get_float("beta", 1.0) != 1.0:
         return
     product = node.outputs[0]
     total = ir.node("Add", [product, bias], name=f"{node.name}::bias")
     result = total.outputs[0]
-    result.shape, result.dtype, result.name = product.shape, product.dtype, product.name
+    result.shape, result.type, result.name = product.shape, product.type, product.name
     product.name = f"{product.name}::product"
     for reader, index in tuple(product.uses()):
         if reader is not total:
@@ -157,7 +165,7 @@ def _add_bias_apart(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def _channel_axis(node: ir.Node, rank: int) -> int:
-    """The output-channel axis of the weight: Conv [O, I/g, kH, kW], Gemm [K, N] or with transB [N, K], MatMul [K, N]."""
+    """The weight's output-channel axis: Conv [O, I/g, kH, kW], Gemm [K, N] or with transB [N, K], MatMul [K, N]."""
     if node.op_type == "Gemm":
         return 0 if node.attributes.get_int("transB", 0) else 1
     return rank - 1 if node.op_type == "MatMul" else 0

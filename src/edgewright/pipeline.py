@@ -25,11 +25,11 @@ from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
 from edgewright.export.models import ModelSource, resolve
 from edgewright.runtime.backends import BACKENDS, Backend, BuildRequest
-from edgewright.runtime.errors import BuildError, DataError, EngineError, ModelError
+from edgewright.runtime.errors import BuildError, DataError, EngineError, ModelError, QuantizationError
 from edgewright.runtime.files import read_json, sha256_of, sha256_of_file, write_bytes, write_json
 from edgewright.runtime.latency import Latency, measure_interleaved
 from edgewright.runtime.parity import DEFAULT_BUDGET, STATUS_OF_VERDICT, Parity, Verdict, compare, judge
-from edgewright.runtime.session import ENGINES_FOLDER
+from edgewright.runtime.session import ENGINES_FOLDER, REPORT_FILE
 from edgewright.runtime.specs import EngineInfo, OnnxArtifact, TensorSpec
 from edgewright.workspace import Observer, StageRun, Workspace, library_versions, source_hash
 
@@ -117,9 +117,13 @@ class Pipeline:
         if shape is None:
             raise ModelError(f"{options.model} has no fixed input size", "give its preprocessing a crop")
         self.input_shape: tuple[int, int, int] = shape
+        for folder in (options.calibration, options.evaluation):
+            if folder is not None:
+                image_folder(folder)  # says before the first stage what is wrong without knowing the labels
         self.observer = observer or Observer()
         self.workspace = Workspace(options.build_dir / options.model, self.observer)
         self.runs: list[StageRun] = []
+        self._quantized: dict[str, OnnxArtifact] = {}
 
     @functools.cached_property
     def exported(self) -> OnnxArtifact:
@@ -190,15 +194,17 @@ class Pipeline:
 
     @functools.cached_property
     def calibrated(self) -> str:
-        """SHA-256 of `calibration.json`: a histogram of every activation over the calibration images."""
+        """SHA-256 of `calibration.json`: a histogram of every activation over the calibration images, labels unseen."""
         graph = self.folded
         images = self._calibration_images
         identity = {
             "graph": graph.sha256,
-            "images": f"{images.identity} ({len(images)} of {images.name})",
+            "images": images.identity,
             "preprocessing": json.dumps(graph.preprocess.to_json()),
-            "calibration code": source_hash("calibration/collect.py", "calibration/ranges.py", "runtime/preprocess.py"),
-            "libraries": library_versions("onnxruntime", "onnxruntime-gpu", "numpy", "pillow"),
+            "calibration code": source_hash(
+                "calibration/collect.py", "calibration/ranges.py", "calibration/stream.py", "runtime/preprocess.py"
+            ),
+            "libraries": library_versions("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow"),
         }
 
         def make() -> Mapping[str, Any]:
@@ -221,6 +227,11 @@ class Pipeline:
 
     def quantized(self, dialect: str) -> OnnxArtifact:
         """The folded graph with explicit Q/DQ in `dialect`."""
+        if dialect not in self._quantized:
+            self._quantized[dialect] = self._quantize(dialect)
+        return self._quantized[dialect]
+
+    def _quantize(self, dialect: str) -> OnnxArtifact:
         graph, calibration = self.folded, self.calibrated
         file, plan_file = f"int8-{dialect}.onnx", f"plan-{dialect}.json"
 
@@ -229,13 +240,15 @@ class Pipeline:
             import onnx_ir as ir
 
             from edgewright.calibration.collect import CalibrationTable
+            from edgewright.calibration.ranges import silu
             from edgewright.optimize.plan import COMPUTE_OPERATORS, plan_for_cpu
             from edgewright.optimize.quantize import quantize_for_cpu
 
             model = ir.load(self.workspace.path(graph.path))
             table = CalibrationTable.from_json(read_json(self.workspace.path(CALIBRATION_FILE)))
             plan = plan_for_cpu(model)
-            proto = ir.to_proto(quantize_for_cpu(model, plan, table.ranges(self.options.method)))
+            ranges = table.ranges(self.options.method, plan.activations, dict.fromkeys(plan.silu_inputs, silu))
+            proto = ir.to_proto(quantize_for_cpu(model, plan, ranges))
             onnx.checker.check_model(proto, full_check=True)
             content = proto.SerializeToString()
             write_bytes(self.workspace.path(file), content)
@@ -266,15 +279,12 @@ class Pipeline:
 
     def prove(self) -> Outcome:
         """Runs every engine and the PyTorch model on the same evaluation images, and times the engines in turns."""
-        rows = self.built
-        images = self._evaluation_images
-        built = [row for row in rows if row.info is not None]
+        images = self._evaluation_images  # first, so that what is wrong with them is said before the slow stages
+        built = self.built
         expected = self._reference_logits(images)
-        judged = {row.path: self._judged(row, expected, images) for row in built}
-        latencies = self._latencies(built)
-        rows = tuple(
-            replace(judged[row.path], latency=latencies[str(row.path)]) if row.path in judged else row for row in rows
-        )
+        judged = [row if row.info is None else self._judged(row, expected, images) for row in built]
+        latencies = self._latencies([row for row in judged if row.parity is not None])
+        rows = tuple(replace(row, latency=latencies.get(str(row.path))) for row in judged)
         own = compare(expected, expected, images.labels)
         verdict, recommended = _conclusion(rows)
         notes = (f"the weights are {self.source.weights}",) if self.options.weights == "random" else ()
@@ -292,7 +302,7 @@ class Pipeline:
     def _stage(
         self, name: str, parts: Mapping[str, str], outputs: Sequence[str], make: Callable[[], Mapping[str, Any]]
     ) -> StageRun:
-        run = self.workspace.stage(name, parts, outputs, make)
+        run = self.workspace.stage(name, {**parts, "pipeline code": source_hash("pipeline.py")}, outputs, make)
         self.runs.append(run)
         return run
 
@@ -302,20 +312,22 @@ class Pipeline:
 
     @functools.cached_property
     def _calibration_images(self) -> ImageSet:
-        images = self._images(self.options.calibration, fashion_mnist_calibration, "calibration")
+        folder = self.options.calibration
+        images = self._shipped(fashion_mnist_calibration, "calibration") if folder is None else image_folder(folder)
         if self.options.evaluation is not None or self.source.data is not None:
             check_disjoint(images, self._evaluation_images, allow_overlap=self.options.allow_overlap)
-        return images
+        return replace(images, labels=None)  # ranges are chosen without labels, so their change changes nothing
 
     @functools.cached_property
     def _evaluation_images(self) -> ImageSet:
-        return self._images(self.options.evaluation, fashion_mnist_test, "evaluation")
+        folder = self.options.evaluation
+        if folder is None:
+            return self._shipped(fashion_mnist_test, "evaluation")
+        return image_folder(folder, self.exported.labels)
 
-    def _images(self, folder: Path | None, shipped: Callable[[], ImageSet], use: str) -> ImageSet:
-        if folder is not None:
-            return image_folder(folder, self.exported.labels)
+    def _shipped(self, images: Callable[[], ImageSet], use: str) -> ImageSet:
         if self.source.data == "fashion_mnist":
-            return shipped()
+            return images()
         raise DataError(
             f"{self.options.model} with weights {self.options.weights!r} brings no {use} images of its own",
             f"give --{use} DIR with photographs like those it will see; random data is never used",
@@ -326,11 +338,17 @@ class Pipeline:
         if absence is not None:
             reason = f"{absence.reason}; {absence.hint}"
             return EngineRow(backend.name, precision, None, "skipped", absence.reason_code, reason)
-        graph = self.folded if precision == "fp32" else self.quantized(backend.dialect)
+        graph = self.folded
+        try:
+            if precision != "fp32":
+                graph = self.quantized(backend.dialect)
+        except QuantizationError as error:
+            return EngineRow(backend.name, precision, None, "failed", "quantization_failed", str(error))
         stem = f"{ENGINES_FOLDER}/{backend.name}-{precision}"
         file, description = f"{stem}{backend.suffix}", f"{stem}.json"
 
         def make() -> Mapping[str, Any]:
+            self.workspace.forget(REPORT_FILE)  # it recommends an engine that this one replaces
             built = backend.build(BuildRequest(self.workspace.path(graph.path).read_bytes(), precision))
             info = EngineInfo(
                 backend=backend.name,
@@ -438,7 +456,7 @@ class Pipeline:
 
         identified = {
             **parts,
-            "images": images.identity,
+            "images": replace(images, labels=None).identity,  # logits do not depend on labels
             "preprocessing": json.dumps(preprocess.to_json()),
             "machine": machine(),
             "threads": str(self.options.threads if threads is None else threads),
@@ -449,6 +467,9 @@ class Pipeline:
         return logits
 
     def _latencies(self, rows: Sequence[EngineRow]) -> dict[str, Latency]:
+        """By the path of the engine."""
+        if not rows:
+            return {}
         threads = self.options.threads or os.cpu_count() or 1
 
         def make() -> Mapping[str, Any]:
