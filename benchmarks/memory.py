@@ -1,0 +1,50 @@
+"""Peak memory of calibration on 64 and on 512 images, each in a process of its own, streamed from files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from figures import Figure, run_python
+from PIL import Image
+from quantizers import folded_model
+
+CODE = """
+import resource, sys
+from pathlib import Path
+import onnx_ir as ir
+from edgewright.calibration.collect import BATCH_SIZE, collect
+from edgewright.calibration.datasets import image_folder
+from edgewright.calibration.stream import batches
+from edgewright.export.models import LITE0_PREPROCESS
+images = image_folder(Path(sys.argv[2]))
+table = collect(ir.load(sys.argv[1]), batches(images, LITE0_PREPROCESS, BATCH_SIZE), identity={})
+assert table.samples == len(images)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def measure() -> Iterator[Figure]:
+    """The ratio of the two peaks, and the smaller one in MiB."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        graph = folder / "folded.onnx"
+        graph.write_bytes(ir.to_proto(folded_model("efficientnet_lite0")).SerializeToString())
+        peaks = {}
+        for count in (64, 512):
+            _write_images(folder / str(count), count)
+            peaks[count] = float(run_python(CODE, str(graph), str(folder / str(count))))
+    yield Figure("peak memory of calibration, 64 images", peaks[64], "MiB")
+    yield Figure("peak memory, 512 images as a share of that", peaks[512] / peaks[64], "", bound=1.05)
+
+
+def _write_images(folder: Path, count: int) -> None:
+    """Smooth random pictures of 320 × 280 pixels; what they show has no influence on memory."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (20, 16, 3), dtype=np.uint8))
+        coarse.resize((320, 280), Image.Resampling.BICUBIC).save(folder / f"{index:04}.jpg")
