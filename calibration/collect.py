@@ -1,12 +1,11 @@
 """Streams images through the folded graph once and keeps a histogram of every activation.
 
-The graph itself reduces each activation to a minimum, a maximum and an even sample per image, so that only these
-leave onnxruntime; memory is that of one batch, however many images there are.
+The graph itself reduces each activation to a few numbers per image (`observers.py`), so memory is that of one batch,
+however many images there are.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +14,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgewright.calibration.observers import observer_outputs, with_observers
 from edgewright.calibration.ranges import METHODS, Histogram, Range, Transfer, mse_range
 from edgewright.runtime.errors import CalibrationError
 
 __all__ = ["BATCH_SIZE", "CalibrationTable", "collect"]
 
 BATCH_SIZE = 8
-SAMPLES_PER_IMAGE = 1024
-"""Values per tensor and image that enter the histogram; minima and maxima see every value."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def collect(
     import onnxruntime
 
     _check_weights(model)
-    observed, names = _with_observers(model)
+    observed, names, clamped = with_observers(model)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -103,17 +101,19 @@ def collect(
     )
     (input_name,) = (value.name for value in model.graph.inputs)
     histograms = {name: Histogram.empty() for name in names}
-    outputs = [output for name in names for output in _observer_outputs(name)]
+    watched = [name for name in names if name not in clamped]
+    outputs = [output for name in watched for output in observer_outputs(name)]
     images = 0
     for batch in batches:
         last = images + len(batch)
         if not np.isfinite(batch).all():
             raise _not_finite(str(input_name), "holds NaN or infinite values", images + 1, last)
         results = iter(session.run(outputs, {input_name: batch}))
-        for name, histogram in histograms.items():
-            low, high, samples = next(results), next(results), next(results)
+        seen = {name: (next(results), next(results), next(results)) for name in watched}
+        seen |= {name: clamp.applied_to(seen[clamp.source]) for name, clamp in clamped.items()}
+        for name, (low, high, samples) in seen.items():
             try:
-                histogram.add(samples, float(low.min()), float(high.max()))
+                histograms[name].add(samples, float(low.min()), float(high.max()))
             except CalibrationError as error:
                 raise _not_finite(name, error.message, images + 1, last) from None
         images = last
@@ -135,71 +135,3 @@ def _check_weights(model: ir.Model) -> None:
         weight = value.const_value
         if weight is not None and weight.dtype == ir.DataType.FLOAT and np.isnan(weight.numpy()).any():
             raise CalibrationError(f"weight {name} holds NaN", "export the model again from sound weights")
-
-
-def _observer_outputs(name: str) -> tuple[str, str, str]:
-    return f"{name}::min", f"{name}::max", f"{name}::samples"
-
-
-def _with_observers(model: ir.Model) -> tuple[ir.Model, tuple[str, ...]]:
-    """A copy of `model` that also yields min, max `[N]` and samples `[N, S]` of each float activation."""
-    observed = ir.from_proto(ir.to_proto(model))
-    graph = observed.graph
-    inputs = [value for value in graph.inputs if value.name not in graph.initializers]
-    values = [*inputs, *(value for node in graph for value in node.outputs)]
-    watched = [value for value in values if _is_batched_activation(value)]
-    axis_names: dict[int, ir.Value] = {}
-
-    def constant(name: str, numbers: list[int]) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64))
-        value.const_value = ir.tensor(np.array(numbers, np.int64), name=name)
-        graph.register_initializer(value)
-        return value
-
-    begin, end, axis = constant("::begin", [0]), constant("::end", [np.iinfo(np.int64).max]), constant("::axis", [1])
-    flat_shape = constant("::flat", [0, -1])
-    steps: dict[int, ir.Value] = {}
-    graph.outputs.clear()
-    for value in watched:
-        assert value.shape is not None
-        rank = value.shape.rank()
-        if rank not in axis_names:
-            axis_names[rank] = constant(f"::axes{rank}", list(range(1, rank)))
-        step = _sampling_step(math.prod(int(side) for side in value.shape[1:] if isinstance(side, int)))
-        if step not in steps:
-            steps[step] = constant(f"::step{step}", [step])
-        nodes = [
-            ir.node("ReduceMin", [value, axis_names[rank]], {"keepdims": 0}),
-            ir.node("ReduceMax", [value, axis_names[rank]], {"keepdims": 0}),
-            flat := ir.node("Reshape", [value, flat_shape]),
-            ir.node("Slice", [flat.outputs[0], begin, end, axis, steps[step]]),
-        ]
-        graph.extend(nodes)
-        for node, name in zip((nodes[0], nodes[1], nodes[3]), _observer_outputs(str(value.name)), strict=True):
-            output = node.outputs[0]
-            output.name, output.dtype = name, ir.DataType.FLOAT
-            graph.outputs.append(output)
-        flat.outputs[0].name = f"{value.name}::flat"
-    return observed, tuple(str(value.name) for value in watched)
-
-
-def _is_batched_activation(value: ir.Value) -> bool:
-    shape = value.shape
-    return (
-        value.dtype == ir.DataType.FLOAT
-        and shape is not None
-        and shape.rank() >= 2
-        and not isinstance(shape[0], int)
-        and all(isinstance(side, int) for side in shape[1:])
-    )
-
-
-def _sampling_step(size: int) -> int:
-    """The smallest step that leaves at most `SAMPLES_PER_IMAGE` of `size` values and shares no factor with `size`.
-
-    A step that divides the row length would look at a few columns only.
-    """
-    step = max(1, math.ceil(size / SAMPLES_PER_IMAGE))
-    while math.gcd(step, size) > 1:
-        step += 1
-    return step
