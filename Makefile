@@ -1,0 +1,91 @@
+# Edgewright. Every target does its own set-up in .venv, and does it again only when pyproject.toml has changed.
+MODEL ?= mobilenet_effnet_b0
+ARGS ?=
+PYTHON ?=
+EXTRAS ?= build,cpu,lite0$(if $(findstring Linux x86_64,$(shell uname -sm)),$(comma)rtx$(comma)openvino)
+
+SHELL := /bin/sh
+.SHELLFLAGS := -euc
+MAKEFLAGS += --no-builtin-rules
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help engine test lint bench train test-oldest clean
+
+comma := ,
+VENV := .venv
+OLDEST_VENV := .venv-oldest
+KEY := $(shell echo "$(EXTRAS)" | cat - pyproject.toml | cksum | tr ' ' -)
+OLDEST_KEY := $(shell cat pyproject.toml tests/oldest.txt | cksum | tr ' ' -)
+ENGINE_STAMP := $(VENV)/.engine-$(KEY)
+TEST_STAMP := $(VENV)/.test-$(KEY)
+OLDEST_STAMP := $(OLDEST_VENV)/.test-$(OLDEST_KEY)
+
+help:  ## This list.
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
+	@echo 'Variables: MODEL=$(MODEL), ARGS= passed on, PYTHON= to make $(VENV) with, EXTRAS=$(EXTRAS)'
+
+engine: $(ENGINE_STAMP)  ## Export, fold, calibrate, quantize, build and prove MODEL.
+	@$(VENV)/bin/edgewright engine $(MODEL) $(ARGS)
+
+test: $(TEST_STAMP)  ## The tests.
+	$(VENV)/bin/pytest $(ARGS)
+
+lint: $(TEST_STAMP)  ## Style, types and the direction of imports.
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: $(TEST_STAMP)  ## The figures, side by side in one run.
+	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+train: $(ENGINE_STAMP)  ## Train MODEL's checkpoint again, by the recipe of the one that ships.
+	$(VENV)/bin/edgewright train $(MODEL) $(ARGS)
+
+test-oldest: $(OLDEST_STAMP)  ## The tests with Python 3.10, torch 2.6 and the oldest of everything else.
+	$(OLDEST_VENV)/bin/pytest $(ARGS)
+
+clean:  ## Remove all that these targets made: engines, caches, .venv.
+	rm -rf $(VENV) $(OLDEST_VENV) build dist src/edgewright.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call create,FOLDER,CANDIDATES,LOWEST,HIGHEST): a virtual environment, unless a working one is there. A candidate
+# counts only if it runs (a version manager's shim may not), is Python 3.LOWEST to 3.HIGHEST, and can make one.
+define create
+@if ! $(1)/bin/python -m pip --version >/dev/null 2>&1; then \
+  found=; \
+  for candidate in $(2); do \
+    if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(not (3, $(3)) <= sys.version_info[:2] <= (3, $(4)))' \
+      2>/dev/null; then found=$$candidate; break; fi; \
+  done; \
+  if [ -z "$$found" ]; then \
+    echo "error: none of $(2) is a Python 3.$(3) to 3.$(4) with venv; name one with PYTHON=" >&2; exit 1; \
+  fi; \
+  "$$found" -m venv --clear $(1); \
+fi
+@touch $@
+endef
+
+# $(call install,FOLDER,STAMP NAME,EXTRAS,OPTIONS): pip's own settings and variables apply.
+define install
+@echo 'Installing edgewright[$(3)] into $(1). The first time this takes minutes; PyTorch is most of it.' >&2
+@$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(4) --editable '.[$(3)]'
+@rm -f $(1)/.$(2)-* && touch $@
+endef
+
+$(VENV)/.created:
+	$(call create,$(VENV),$(or $(PYTHON),python3.12 python3.11 python3.10 python3),10,12)
+
+$(OLDEST_VENV)/.created:
+	$(call create,$(OLDEST_VENV),$(or $(PYTHON),python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)),10,10)
+
+$(ENGINE_STAMP): | $(VENV)/.created
+	$(call install,$(VENV),engine,$(EXTRAS))
+
+$(TEST_STAMP): | $(VENV)/.created
+	$(call install,$(VENV),test,$(EXTRAS)$(comma)test)
+	@rm -f $(VENV)/.engine-* && touch $(ENGINE_STAMP)
+
+$(OLDEST_STAMP): | $(OLDEST_VENV)/.created
+	$(call install,$(OLDEST_VENV),test,build$(comma)cpu$(comma)lite0$(comma)test,--constraint tests/oldest.txt)

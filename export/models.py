@@ -29,9 +29,7 @@ FASHION_MNIST_PREPROCESS = Preprocess(resize=(64, 64), crop=None, mean=(0.498,) 
 IMAGENET_PREPROCESS = Preprocess(
     resize=256, crop=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic"
 )  # torchvision's EfficientNet_B0_Weights.IMAGENET1K_V1.transforms()
-LITE0_PREPROCESS = Preprocess(
-    resize=256, crop=(224, 224), mean=(0.498,) * 3, std=(0.502,) * 3, interpolation="bicubic"
-)
+LITE0_PREPROCESS = Preprocess(resize=256, crop=(224, 224), mean=(0.498,) * 3, std=(0.502,) * 3, interpolation="bicubic")
 RANDOM_SEED = 0
 CHECKPOINTS = Path(__file__).parent / "zoo" / "weights"
 
@@ -130,8 +128,8 @@ def _file_source(name: str, entry: ModelEntry, path: Path) -> ModelSource:
 
     checkpoint = read_checkpoint(path)
     head = checkpoint.state.get("classifier.1.weight")
-    if head is None:
-        raise ModelError(f"{path} has no classifier.1.weight", f"give weights of {name}")
+    if head is None or head.ndim != 2:
+        raise ModelError(f"{path} has no matrix classifier.1.weight", f"give weights of {name}")
     classes = int(head.shape[0])
     like = next((weights for weights in entry.weights.values() if weights.classes == classes), None)
     preprocess = checkpoint.preprocess or (like.preprocess if like else None)
@@ -172,6 +170,18 @@ def _load_shipped(file: Path) -> Callable[[nn.Module], None]:
         load_into(model, read_checkpoint(file).state, file.name)
 
     return load
+
+
+def _shipped_fingerprint(file: Path) -> Callable[[], str]:
+    def fingerprint() -> str:
+        try:
+            return f"sha256:{sha256_of_file(file)}"
+        except OSError as error:
+            raise ModelError(
+                f"the weights that ship with the project cannot be read: {file} ({error.strerror})", "install it again"
+            ) from None
+
+    return fingerprint
 
 
 def _load_lite0(model: nn.Module) -> None:
@@ -221,7 +231,7 @@ MODELS: dict[str, ModelEntry] = {
                 preprocess=FASHION_MNIST_PREPROCESS,
                 labels=lambda: FASHION_MNIST_LABELS,
                 load=_load_shipped(B0_FILE),
-                fingerprint=lambda: f"sha256:{sha256_of_file(B0_FILE)}",
+                fingerprint=_shipped_fingerprint(B0_FILE),
                 data="fashion_mnist",
             ),
             "imagenet": Weights(

@@ -91,21 +91,38 @@ def _check_structure(proto: onnx.ModelProto) -> None:
     if len(dims) != 2 or not dims[0].dim_param:
         shape = [dim.dim_param or dim.dim_value for dim in dims]
         raise ExportError(f"the output has shape {shape}, expected [batch, classes] with a dynamic batch")
+    if output.type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
+        found = onnx.TensorProto.DataType.Name(output.type.tensor_type.elem_type)
+        raise ExportError(f"the output is of type {found}, expected FLOAT", "return the logits as float32")
 
 
 def _check_equal(model: nn.Module, content: bytes, input_shape: tuple[int, int, int]) -> None:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    options.log_severity_level = 4  # what matters comes as an exception
     generator = torch.Generator().manual_seed(CHECK_SEED)
     for batch in CHECKED_BATCHES:
         images = torch.randn((batch, *input_shape), generator=generator)
-        with torch.inference_mode():
-            expected = model(images).numpy()
-        (found,) = session.run(None, {INPUT_NAME: images.numpy()})
-        difference = _relative_difference(expected, found)
+        try:
+            with torch.inference_mode():
+                expected = model(images)
+        except Exception as error:  # whatever the model's own code raises
+            raise ExportError(f"the model cannot run a batch of {batch}: {_first_line(error)}") from error
+        if not isinstance(expected, torch.Tensor):  # a tuple or a dictionary of one tensor passes the exporter
+            raise ExportError(
+                f"the model returns a {type(expected).__name__}, expected one tensor of logits",
+                "return the logits alone in evaluation mode",
+            )
+        try:
+            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            (found,) = session.run(None, {INPUT_NAME: images.numpy()})
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise ExportError(
+                f"onnxruntime cannot run the exported graph at batch {batch}: {_first_line(error)}",
+                "look for operations that depend on the batch",
+            ) from error
+        difference = _relative_difference(expected.numpy(), found)
         if not difference <= TOLERANCE:  # also true for NaN
             raise ExportError(
                 f"the exported graph differs from PyTorch by {difference:.2g} of the largest logit at batch {batch}, "
@@ -118,21 +135,22 @@ def _relative_difference(expected: NDArray[np.float32], found: NDArray[np.float3
     if expected.shape != found.shape:
         return float("inf")
     scale = float(np.abs(expected).max()) or 1.0
-    return float(np.abs(expected.astype(np.float64) - found).max() / scale)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is the NaN that the caller looks for
+        return float(np.abs(expected.astype(np.float64) - found).max() / scale)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the exporter's warnings, logs and prints; what matters comes as an exception."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # a dozen of torch's loggers print pages about a model that does not export
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def _first_line(error: BaseException) -> str:

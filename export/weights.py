@@ -1,7 +1,7 @@
 """Checkpoints: read safely, checked, mapped onto our own definitions.
 
-A `.safetensors` file holds nothing but tensors; a `.pth` file is unpickled with `weights_only=True`, which refuses code.
-A checkpoint of `edgewright train` describes itself: its metadata name the preprocessing and the labels.
+A `.safetensors` file holds nothing but tensors; a `.pth` file is unpickled with `weights_only=True`, which refuses
+code. A checkpoint of `edgewright train` describes itself: its metadata name the preprocessing and the labels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from edgewright.export.zoo.mbconv import LITE_BN_EPSILON, STAGES, TORCH_BN_EPSILON, EfficientNet
-from edgewright.runtime.errors import ModelError
+from edgewright.runtime.errors import DataError, ModelError
 from edgewright.runtime.files import write_bytes
 from edgewright.runtime.preprocess import Preprocess
 
@@ -93,7 +93,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
         if name in given and given[name].shape != value.shape
     ]
     if missing or unknown or reshaped:
-        parts = [_listed("misses", missing), _listed("has the unknown", unknown), _listed("differs in shape:", reshaped)]
+        parts = (
+            _listed("misses", missing),
+            _listed("has the unknown", unknown),
+            _listed("differs in shape:", reshaped),
+        )
         raise ModelError(
             f"{origin} does not fit this network: it {', '.join(part for part in parts if part)}",
             "give weights of the same architecture and number of classes",
@@ -194,10 +198,17 @@ def _read_safetensors(path: Path) -> Checkpoint:
         return Checkpoint(
             state,
             Preprocess.from_json(json.loads(metadata["preprocess"])) if "preprocess" in metadata else None,
-            tuple(json.loads(metadata["labels"])) if "labels" in metadata else None,
+            _labels_from_json(metadata["labels"]) if "labels" in metadata else None,
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, DataError) as error:
         raise ModelError(f"{path} has metadata that cannot be read ({error!r})", "write it again") from None
+
+
+def _labels_from_json(text: str) -> tuple[str, ...]:
+    labels = json.loads(text)
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError("labels must be a list of names")
+    return tuple(labels)
 
 
 def _read_pickle(path: Path) -> State:

@@ -76,7 +76,9 @@ def read_json(path: Path) -> Any:
 
 def _explained(path: Path, error: OSError) -> WorkspaceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WorkspaceError(f"no space left to write {path}", "free some space and run again; finished stages are kept")
+        return WorkspaceError(
+            f"no space left to write {path}", "free some space and run again; finished stages are kept"
+        )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return WorkspaceError(f"{path.parent} cannot be written ({error.strerror})", "choose another --build-dir")
     return WorkspaceError(f"cannot write {path}: {error.strerror or error}")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from .backends import backend_named
 from .backends.base import Runner
-from .errors import EngineError, WorkspaceError
+from .errors import DataError, EngineError, WorkspaceError
 from .files import read_json, sha256_of
 from .preprocess import ImageLike
 from .specs import EngineInfo, TensorSpec
@@ -23,6 +23,7 @@ __all__ = ["ENGINES_FOLDER", "REPORT_FILE", "Prediction", "Session"]
 ENGINES_FOLDER = "engines"
 REPORT_FILE = "report.json"
 CLASSIFY_BATCH = 16
+REBUILD = "run edgewright engine MODEL again"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Session:
             )
         loader = backend_named(info.backend)
         engine = _verified_bytes(described.with_suffix(loader.suffix), info)
+        classes = info.outputs[0].shape[-1]
+        if classes != len(info.labels):
+            raise EngineError(f"{described} names {len(info.labels)} labels for {classes} classes", "build it again")
         return cls(loader.open(engine, threads=threads), info, why)
 
     @property
@@ -82,17 +86,18 @@ class Session:
         """Names, shapes and dtypes of the outputs."""
         return self._runner.outputs
 
-    def infer(
-        self, batch: NDArray[np.float32] | Mapping[str, NDArray[np.float32]]
-    ) -> dict[str, NDArray[np.float32]]:
+    def infer(self, batch: NDArray[np.float32] | Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """Outputs by name for a float32 batch `[N, C, H, W]`, or for inputs by name; new arrays, the caller's own."""
         return self._runner.infer(batch if isinstance(batch, Mapping) else {self.inputs[0].name: batch})
 
     def classify(self, images: Sequence[ImageLike], top: int = 5) -> list[list[Prediction]]:
         """The `top` most probable classes of each image, best first; fewer if there are fewer classes.
 
-        `images` are paths, PIL images or uint8 arrays `[H, W, C]`. Raises `DataError` naming an unreadable image.
+        `images` are paths, PIL images or uint8 arrays `[H, W, C]`. Raises `DataError` naming an unreadable image, or
+        if `top` is below 1.
         """
+        if top < 1:
+            raise DataError(f"top is {top}, expected at least 1")
         results: list[list[Prediction]] = []
         for start in range(0, len(images), CLASSIFY_BATCH):
             batch = self.info.preprocess.batch(images[start : start + CLASSIFY_BATCH])
@@ -124,8 +129,11 @@ def _pick(folder: Path, backend: str | None, precision: str | None) -> tuple[Pat
     report = _report_of(folder)
     recommended = report.get("recommended")
     if backend is None and precision is None and recommended is not None:
-        path = (folder / recommended["path"]).with_suffix(".json")
-        return path, f"{recommended['backend']} {recommended['precision']} is the fastest engine that passed"
+        try:
+            path = (folder / recommended["path"]).with_suffix(".json")
+            return path, f"{recommended['backend']} {recommended['precision']} is the fastest engine that passed"
+        except (KeyError, TypeError) as error:
+            raise EngineError(f"{folder / REPORT_FILE} is damaged ({error!r})", REBUILD) from error
     fitting: list[tuple[Path, EngineInfo]] = []
     for path in sorted((folder / ENGINES_FOLDER).glob("*.json")):
         info = _read_info(path)
@@ -145,9 +153,11 @@ def _report_of(folder: Path) -> dict[str, Any]:
     if not (folder / REPORT_FILE).exists():
         return {}
     try:
-        report: dict[str, Any] = read_json(folder / REPORT_FILE)
+        report = read_json(folder / REPORT_FILE)
     except WorkspaceError as error:
-        raise EngineError(error.message, "run edgewright engine MODEL again") from error
+        raise EngineError(error.message, REBUILD) from error
+    if not isinstance(report, dict):
+        raise EngineError(f"{folder / REPORT_FILE} is not a report", REBUILD)
     return report
 
 

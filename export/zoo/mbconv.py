@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["STAGES", "EfficientNet", "MBConv", "SqueezeExcitation", "Stage", "efficientnet_lite0", "mobilenet_effnet_b0"]
+__all__ = [
+    "STAGES",
+    "EfficientNet",
+    "MBConv",
+    "SqueezeExcitation",
+    "Stage",
+    "efficientnet_lite0",
+    "mobilenet_effnet_b0",
+]
 
 LITE_BN_EPSILON = 1e-3  # TensorFlow's EfficientNet default, kept by the released Lite0 weights
 TORCH_BN_EPSILON = 1e-5  # torch.nn.BatchNorm2d default, used by torchvision's efficientnet_b0
@@ -64,6 +72,7 @@ class Conv2dSame(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[N, C, H, W]` → `[N, C', ceil(H / stride), ceil(W / stride)]`."""
         height, width = (self._zeros(int(x.shape[axis]), axis - 2) for axis in (2, 3))
         padded = functional.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
         return functional.conv2d(padded, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
@@ -110,6 +119,7 @@ class SqueezeExcitation(nn.Module):
         self.scale_activation = nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x` times its gate `[N, C, 1, 1]`."""
         gate: Tensor = self.scale_activation(self.fc2(self.activation(self.fc1(self.avgpool(x)))))
         return x * gate
 
@@ -122,6 +132,7 @@ class StochasticDepth(nn.Module):
         self.drop_probability = drop_probability
 
     def forward(self, x: Tensor) -> Tensor:
+        """`x`, or in training 0 or x / (1 − p) for each sample."""
         if not self.training or self.drop_probability == 0.0:
             return x
         keep = 1.0 - self.drop_probability
@@ -165,6 +176,7 @@ class MBConv(nn.Module):
         self.is_residual = stride == 1 and in_channels == stage.out_channels
 
     def forward(self, x: Tensor) -> Tensor:
+        """The block's result, `x` added where the shapes allow it."""
         out: Tensor = self.block(x)
         return x + self.stochastic_depth(out) if self.is_residual else out
 
@@ -220,6 +232,7 @@ class EfficientNet(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits `[N, classes]`."""
         pooled = torch.flatten(self.avgpool(self.features(x)), 1)
         logits: Tensor = self.classifier(pooled)
         return logits

@@ -49,7 +49,7 @@ class OnnxRuntimeBackend(Backend):
     suffix = ".onnx"
 
     def absence(self) -> Absence | None:
-        """onnxruntime is one import away, or it is not."""
+        """The package is installed, or it is not."""
         if importlib.util.find_spec("onnxruntime") is not None:
             return None
         return Absence("package_missing", "the package onnxruntime is not installed", "pip install 'edgewright[cpu]'")
@@ -68,11 +68,10 @@ class OnnxRuntimeBackend(Backend):
         with tempfile.TemporaryDirectory() as folder:
             try:
                 session = _session(request.onnx, threads=0, profile=Path(folder) / "profile")
+                inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
+                _run(session, {spec.name: np.zeros([side or 1 for side in spec.shape], spec.dtype) for spec in inputs})
             except EngineError as error:
                 raise BuildError(f"onnxruntime refused the {request.precision} graph: {error.message}") from error
-            inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
-            zeros = {spec.name: np.zeros([side or 1 for side in spec.shape], spec.dtype) for spec in inputs}
-            session.run(None, zeros)
             layers = _compute_layers(json.loads(Path(session.end_profiling()).read_text()))
         return Built(request.onnx, inputs, outputs, layers, {"onnxruntime": self.version()})
 
@@ -93,7 +92,7 @@ class OnnxRuntimeRunner(Runner):
 
     def infer_impl(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
         """One run."""
-        results = self._session.run(None, dict(feeds))
+        results = _run(self._session, feeds)
         return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
 
     def close_impl(self) -> None:
@@ -117,10 +116,20 @@ def _session(graph: bytes, *, threads: int, profile: Path | None = None) -> Any:
     try:
         return onnxruntime.InferenceSession(graph, options, providers=PROVIDERS)
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-        lines = str(error).splitlines()
-        raise EngineError(
-            f"onnxruntime cannot load the graph: {lines[0] if lines else error!r}", "build it again"
-        ) from error
+        raise EngineError(f"onnxruntime cannot load the graph: {_first_line(error)}", "build it again") from error
+
+
+def _run(session: Any, feeds: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    try:
+        results: list[NDArray[np.float32]] = session.run(None, dict(feeds))
+    except Exception as error:  # as above
+        raise EngineError(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
+    return results
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else repr(error)
 
 
 @functools.cache

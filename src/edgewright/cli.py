@@ -6,10 +6,12 @@ install and one backend's package.
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -88,10 +90,27 @@ def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[...,
         if as_json:
             click.echo(json.dumps(document, indent=1))
         else:
-            for name, value in fields.items():
-                click.echo(f"{name}: {value}")
+            click.echo("\n".join(_lines(fields)))
 
     return cli.command()(model_options(command))
+
+
+def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
+    """A line per field for a person, one per item where a field is a list."""
+    for name, value in fields.items():
+        if isinstance(value, list):
+            yield f"{name}: {len(value)}"
+            for item in value:
+                words = item.values() if isinstance(item, dict) else (item,)
+                yield "  " + "  ".join(_words(word) for word in words if word)
+        elif value is not None:
+            yield f"{name}: {_words(value)}"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} × {name}" for name, count in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _options(max_drop: float, **arguments: Any) -> Options:
@@ -158,7 +177,7 @@ def build(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _prove(as_json: bool, **arguments: Any) -> None:
+def _prove(as_json: bool, **arguments: Any) -> int:
     from edgewright.console import ConsoleObserver, print_outcome
     from edgewright.pipeline import Pipeline
     from edgewright.report import EXIT_CODES, engine_document
@@ -175,24 +194,24 @@ def _prove(as_json: bool, **arguments: Any) -> None:
         click.echo(json.dumps(document, indent=1))
     else:
         print_outcome(outcome, pipeline.workspace.folder)
-    sys.exit(EXIT_CODES[outcome.verdict])
+    return EXIT_CODES[outcome.verdict]
 
 
 @cli.command()
 @model_options
-def engine(**arguments: Any) -> None:
+def engine(**arguments: Any) -> int:
     """Everything: export, fold, calibrate, quantize, build, and prove every engine against PyTorch.
 
     Exit code 0: the recommended engine passes; 3: none passes; 4: more images are needed; 1: an error.
     """
-    _prove(**arguments)
+    return _prove(**arguments)
 
 
 @cli.command()
 @model_options
-def verify(**arguments: Any) -> None:
+def verify(**arguments: Any) -> int:
     """Compare every engine with PyTorch on the evaluation images; builds what is missing."""
-    _prove(**arguments)
+    return _prove(**arguments)
 
 
 @cli.command()
@@ -293,34 +312,57 @@ def train(model: str, output: Path | None, data: Path | None, build_dir: Path, a
 def main() -> None:
     """Entry point of the `edgewright` command: errors are one line on stderr, or a JSON document with --json."""
     try:
-        cli(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = _exit_code()
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again on its way out
+        if error.errno != errno.EPIPE:  # of a pipe the reader left; there is nobody to tell
+            click.echo(f"error: cannot write the output ({error.strerror})", err=True)
+        code = 1
+    sys.exit(code)
+
+
+def _exit_code() -> int:
+    """Runs the command; what it returns is its exit code."""
+    try:
+        return cli(standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        if _wants_json():
+            _echo_error("UsageError", error.format_message(), "see edgewright --help")
+        return error.exit_code
     except EdgewrightError as error:
-        sys.exit(_reported(error))
+        return _reported(error)
     except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted; finished stages are kept, the next run goes on", err=True)
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output left; there is nobody to tell
-        sys.exit(1)
+        fact, remedy = "interrupted", "finished stages are kept, the next run goes on"
+        if _wants_json():
+            _echo_error("Interrupted", fact, remedy)
+        click.echo(f"{fact}; {remedy}", err=True)
+        return INTERRUPTED
     except MemoryError:
-        sys.exit(_reported(WorkspaceError("out of memory", "use fewer --threads or a smaller input")))
+        return _reported(WorkspaceError("out of memory", "use fewer --threads or a smaller input"))
+    except ModuleNotFoundError as error:
+        return _reported(EngineError(f"{error.name} is not installed here", "pip install 'edgewright[build,cpu]'"))
     except ImportError as error:
-        sys.exit(_reported(EngineError(f"{error.name} is not installed here", "pip install 'edgewright[build,cpu]'")))
+        return _reported(EngineError(f"a library cannot be imported: {error}", "install it again"))
+    except OSError as error:  # of a temporary folder, a cache or an unusual file system; ours are explained where used
+        place = f" ({error.filename})" if error.filename else ""
+        return _reported(WorkspaceError(f"{error.strerror or error}{place}", "mend that and run again"))
+
+
+def _wants_json() -> bool:
+    options = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    return "--json" in options
 
 
 def _reported(error: EdgewrightError) -> int:
-    if "--json" in sys.argv:
-        document = {
-            "schema": "edgewright.error/1",
-            "error": type(error).__name__,
-            "message": error.message,
-            "remedy": error.remedy,
-        }
-        click.echo(json.dumps(document))
-    click.echo(f"error: {error}", err=True)
+    if _wants_json():
+        _echo_error(type(error).__name__, error.message, error.remedy)
+    click.echo(f"error: {' '.join(str(error).splitlines())}", err=True)
     return 1
+
+
+def _echo_error(kind: str, message: str, remedy: str) -> None:
+    """The document `edgewright.error/1` of the contract."""
+    document = {"schema": "edgewright.error/1", "error": kind, "message": message, "remedy": remedy}
+    click.echo(json.dumps(document))

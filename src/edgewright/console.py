@@ -21,6 +21,7 @@ from edgewright.workspace import Observer, StageRun
 __all__ = ["ConsoleObserver", "print_outcome"]
 
 SECONDS_BEFORE_BAR = 2.0
+WIDEST_TABLE = 200  # columns; wider than any figures can make it
 
 
 class ConsoleObserver(Observer):
@@ -75,7 +76,7 @@ class _DelayedBar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,  # in a log file a bar is a blank line
+            disable=not console.is_interactive,  # in a log file a bar is a blank line
         )
         self._task: TaskID = self._progress.add_task(stage, total=None, text="")
         self._lock = threading.Lock()
@@ -102,7 +103,11 @@ class _DelayedBar:
 def print_outcome(outcome: Outcome, folder: Path) -> None:
     """The table, the remarks and the verdict line, on stdout."""
     console = Console(highlight=False)
-    console.print(engine_table(outcome))
+    table = engine_table(outcome)
+    wanted = console.measure(table, options=console.options.update(width=WIDEST_TABLE)).maximum
+    console.width = max(console.width, wanted)  # a narrow terminal wraps the lines; figures are never cut off
+    console.print(table)
+    console.print()
     plain = Console(highlight=False, soft_wrap=True)
     for line in remarks(outcome):
         plain.print(line, markup=False)

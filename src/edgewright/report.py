@@ -73,12 +73,11 @@ def engine_table(outcome: Outcome) -> Table:
     from rich.box import Box
     from rich.table import Table
 
-    HEAD_RULE = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one space between columns
-
+    head_rule = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one space between columns
     reference = outcome.reference
     kind = "" if reference.labelled else ", unlabelled"
     title = f"{outcome.model} on {reference.images:,} images{kind}"
-    table = Table(title=title, box=HEAD_RULE, title_justify="left", pad_edge=False, padding=0)
+    table = Table(title=title, box=head_rule, show_edge=False, title_justify="left", pad_edge=False, padding=0)
     table.add_column("backend", no_wrap=True)
     table.add_column("type", no_wrap=True)
     for heading in (
@@ -108,7 +107,8 @@ def remarks(outcome: Outcome) -> list[str]:
         plain = measured.get((backend, "fp32"))
         if precision != "fp32" and plain is not None and latency.p50 > SLOWER * plain.p50:
             lines.append(
-                f"{backend} {precision} is slower than fp32 here: {latency.p50:.2f} against {plain.p50:.2f} ms at batch 1"
+                f"{backend} {precision} is slower than fp32 here: "
+                f"{latency.p50:.2f} against {plain.p50:.2f} ms at batch 1"
             )
     return lines
 
@@ -129,7 +129,7 @@ def _percent(share: float | None) -> str:
 
 
 def _size(row: EngineRow) -> str:
-    return "" if row.info is None else f"{row.info.bytes / 1e6:.1f} MB"
+    return "" if row.info is None else f"{_short(row.info.bytes / 1e6, 1)} MB"
 
 
 def _accuracy(row: EngineRow) -> str:
@@ -146,7 +146,12 @@ def _loss(row: EngineRow) -> str:
 
 
 def _latency(row: EngineRow) -> str:
-    return "" if row.latency is None else f"{row.latency.p50:.2f} ms"
+    return "" if row.latency is None else f"{_short(row.latency.p50, 2)} ms"
+
+
+def _short(value: float, digits: int) -> str:
+    """Digits behind the point only where they say something: the table has 80 columns."""
+    return f"{value:.{digits}f}" if value < 100 else f"{value:.0f}"
 
 
 def stage_line(run: StageRun, note: str) -> str:

@@ -3,12 +3,16 @@
 Each stage has a key: the hash of its parts (weights, graph, images, options, source files, library versions). The key
 and its parts stand in `STAGE.key.json` beside the artefacts, with the SHA-256 of each. A stage is reused if the key is
 the same and every artefact still has its hash; otherwise the log names what changed. Time stamps play no role.
+
+A key file carries a hash of itself. It is removed before its stage is made again, together with the old artefacts, and
+written last: whatever stops a run, what has a key is whole and what has none is made again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +28,7 @@ __all__ = ["FIRST_TIME", "Observer", "StageRun", "Workspace", "library_versions"
 
 LOCK_FILE = ".lock"
 KEY_SUFFIX = ".key.json"
+SCHEMA = "edgewright.stage/2"
 FIRST_TIME = ("first build",)
 
 
@@ -73,21 +78,13 @@ class Workspace:
 
         Raises `WorkspaceError` if another run holds it or the folder cannot be written.
         """
-        try:
+        with self._explained():
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise WorkspaceError(
-                f"the build folder {self.folder} cannot be written ({error.strerror})", "choose another --build-dir"
-            ) from error
         try:
-            try:
+            with self._explained():
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise WorkspaceError(
-                    f"another run is using {self.folder}", "wait for it to end, or choose another --build-dir"
-                ) from None
-            self._remove_leftovers()
+                self._remove_leftovers()
             yield
         finally:
             os.close(handle)
@@ -95,6 +92,12 @@ class Workspace:
     def path(self, name: str) -> Path:
         """The artefact `name` in this folder."""
         return self.folder / name
+
+    def forget(self, *names: str) -> None:
+        """Removes what no longer holds; names that do not exist are fine."""
+        with self._explained():
+            for name in names:
+                self.path(name).unlink(missing_ok=True)
 
     def stage(
         self,
@@ -106,24 +109,24 @@ class Workspace:
         """Reuses the `outputs` of stage `name`, or calls `make`, which writes them and returns the stage's facts."""
         key = sha256_of("\n".join(f"{part}={parts[part]}" for part in sorted(parts)).encode())
         record = self._record(name)
-        changed = self._changes(record, key, parts, outputs)
-        if not changed:
+        changed = self._changes(record, key, parts, outputs, name)
+        if record and not changed:
             run = StageRun(name, record["seconds"], True, key, (), record["facts"])
         else:
-            self._record_path(name).unlink(missing_ok=True)
+            self.forget(f"{name}{KEY_SUFFIX}", *outputs)
             self.observer.started(name)
             began = time.monotonic()
             facts = dict(make())
             seconds = time.monotonic() - began
             content = {
-                "schema": "edgewright.stage/1",
+                "schema": SCHEMA,
                 "key": key,
                 "parts": dict(parts),
                 "outputs": {output: sha256_of_file(self.path(output)) for output in outputs},
                 "seconds": seconds,
                 "facts": facts,
             }
-            write_json(self._record_path(name), content)
+            write_json(self._record_path(name), content | {"sha256": _digest(content)})
             run = StageRun(name, seconds, False, key, changed, facts)
         self.observer.finished(run)
         return run
@@ -131,18 +134,25 @@ class Workspace:
     def _record_path(self, name: str) -> Path:
         return self.folder / f"{name}{KEY_SUFFIX}"
 
-    def _record(self, name: str) -> dict[str, Any]:
-        try:
-            record = read_json(self._record_path(name))
-        except WorkspaceError:
+    def _record(self, name: str) -> dict[str, Any] | None:
+        """What the key file says; None if it is damaged, empty if there is none."""
+        path = self._record_path(name)
+        if not os.path.lexists(path):
             return {}
-        whole = isinstance(record, dict) and {"key", "parts", "outputs", "seconds", "facts"} <= record.keys()
-        return record if whole else {}
+        try:
+            record = read_json(path)
+        except WorkspaceError:
+            return None
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            return None
+        return record if record.pop("sha256", None) == _digest(record) else None
 
     def _changes(
-        self, record: Mapping[str, Any], key: str, parts: Mapping[str, str], outputs: Sequence[str]
+        self, record: Mapping[str, Any] | None, key: str, parts: Mapping[str, str], outputs: Sequence[str], name: str
     ) -> tuple[str, ...]:
         """The names of the parts or artefacts that differ from `record`; empty if all is as it was."""
+        if record is None:
+            return (f"{name}{KEY_SUFFIX}",)
         if not record:
             return FIRST_TIME
         if record["key"] != key:
@@ -158,7 +168,28 @@ class Workspace:
 
     def _remove_leftovers(self) -> None:
         for path in self.folder.rglob(f"{TEMPORARY_PREFIX}*"):
-            path.unlink(missing_ok=True)  # of a run that was killed; nobody else holds the lock
+            if path.is_file():  # of a run that was killed; nobody else holds the lock
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says what an error of the file system means for this folder."""
+        try:
+            yield
+        except BlockingIOError:
+            raise WorkspaceError(
+                f"another run is using {self.folder}", "wait for it to end, or choose another --build-dir"
+            ) from None
+        except OSError as error:
+            place = "" if error.filename is None or Path(error.filename) == self.folder else f": {error.filename}"
+            raise WorkspaceError(
+                f"the build folder {self.folder} cannot be written ({error.strerror or error}{place})",
+                "choose another --build-dir",
+            ) from error
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return sha256_of(json.dumps(record, sort_keys=True).encode())
 
 
 def source_hash(*modules: str) -> str:
@@ -167,7 +198,9 @@ def source_hash(*modules: str) -> str:
     files: list[Path] = []
     for module in modules:
         path = root / module
-        files += [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+        found = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+        assert found, f"{module} has no source files"
+        files += found
     return sha256_of("\n".join(f"{path.relative_to(root)} {sha256_of_file(path)}" for path in files).encode())
 
 

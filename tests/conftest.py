@@ -1,0 +1,122 @@
+"""Fixtures that several folders share: a tiny network, its images, its finished build folder, and the command line."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from command import Command, Completed
+from edgewright import cli, pipeline
+from edgewright.export.models import MODELS, resolve
+from edgewright.pipeline import Options, Outcome, Pipeline
+from edgewright.workspace import source_hash
+from tiny_network import PREPROCESS, TINY_MODELS, write_images
+
+BUDGET = 0.08  # with 60 images of which none is lost the upper bound is 0.06
+
+
+@dataclass(frozen=True)
+class Images:
+    """Folders of calibration and evaluation images; the latter has a labels.csv, with the network's own predictions."""
+
+    calibration: Path
+    evaluation: Path
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """For the command line."""
+        return ("--calibration", str(self.calibration), "--evaluation", str(self.evaluation))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _sources_as_they_were() -> Iterator[None]:
+    """Somebody who edits a file while the tests run does not change the keys in the middle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "source_hash", functools.cache(source_hash))
+        yield
+
+
+@pytest.fixture
+def tiny_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the tiny networks into the registry."""
+    for name, entry in TINY_MODELS.items():
+        monkeypatch.setitem(MODELS, name, entry)
+
+
+@pytest.fixture(scope="session")
+def shared_images(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    """Not to be changed."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("images")
+    write_images(folder / "calibration", 40, seed=1)
+    evaluation = write_images(folder / "evaluation", 60, seed=2)
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setitem(MODELS, "tiny", TINY_MODELS["tiny"])
+        logits = resolve("tiny").build()(torch.from_numpy(PREPROCESS.batch(evaluation)))
+    rows = [f"{path.name},{int(label)}" for path, label in zip(evaluation, logits.argmax(1), strict=True)]
+    (folder / "evaluation" / "labels.csv").write_text("\n".join(["file,index", *rows]))
+    return Images(folder / "calibration", folder / "evaluation")
+
+
+@pytest.fixture
+def images(shared_images: Images, tmp_path: Path) -> Images:
+    """The test's own copy."""
+    copied = [Path(shutil.copytree(path, tmp_path / path.name)) for path in _folders(shared_images)]
+    return Images(*copied)
+
+
+@pytest.fixture(scope="session")
+def finished(shared_images: Images, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A build folder in which every stage of `tiny` was made once, and what came out; not to be changed."""
+    build_dir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny", TINY_MODELS["tiny"])
+        options = Options(
+            "tiny",
+            build_dir=build_dir,
+            calibration=shared_images.calibration,
+            evaluation=shared_images.evaluation,
+            budget=BUDGET,
+        )
+        stages = Pipeline(options)
+        with stages.workspace.locked():
+            outcome = stages.prove()
+    return build_dir, outcome
+
+
+@pytest.fixture
+def build_dir(finished: tuple[Path, Outcome], tmp_path: Path, tiny_models: None) -> Path:
+    """The test's own copy of the finished build folder."""
+    return Path(shutil.copytree(finished[0], tmp_path / "build"))
+
+
+@pytest.fixture
+def outcome(finished: tuple[Path, Outcome]) -> Outcome:
+    """What came out of the run that made the finished build folder."""
+    return finished[1]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tiny_models: None) -> Command:
+    """Runs `edgewright ARGUMENTS…` in this process."""
+
+    def run(*arguments: object) -> Completed:
+        monkeypatch.setattr(sys, "argv", ["edgewright", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert isinstance(stop.value.code, int)
+        return Completed(stop.value.code, *capfd.readouterr())
+
+    return run
+
+
+def _folders(images: Images) -> tuple[Path, Path]:
+    return images.calibration, images.evaluation

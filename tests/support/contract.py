@@ -1,0 +1,89 @@
+"""The JSON documents of docs/contract.md, written down a second time, and what a document has that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["ENGINE_DOCUMENT", "ERROR_DOCUMENT", "STAGE", "differences"]
+
+NUMBER, COUNTS = "number", "counts by name"
+LATENCY = {"batch": int, "threads": int, "runs": int, "p50": NUMBER, "p90": NUMBER, "p99": NUMBER}
+PARITY = {
+    "source": ("engine", "simulation"),
+    "images": int,
+    "top1": (NUMBER, None),  # None without labels
+    "top5": (NUMBER, None),
+    "agreement": NUMBER,
+    "delta": (NUMBER, None),
+    "loss_ci95": [NUMBER],
+    "max_abs": (NUMBER, None),  # None where no answer of the engine is finite
+    "cosine": (NUMBER, None),
+    "sqnr_db": (NUMBER, None),
+}
+STATUSES = ("verified", "over_budget", "undecided", "built_not_run", "simulated", "skipped", "failed")
+ENGINE = {
+    "backend": ("onnxruntime", "openvino", "tensorrt-rtx", "tensorrt"),
+    "precision": {"requested": ("fp32", "fp16", "bf16", "int8"), "actual": COUNTS},
+    "target": (str, None),
+    "path": (str, None),
+    "bytes": (int, None),
+    "status": STATUSES,
+    "reason_code": str,
+    "reason": str,
+    "parity": (None, PARITY),
+    "latency_ms": (None, LATENCY),
+}
+STAGE = {"name": str, "seconds": NUMBER, "cached": bool, "key": str, "changed": [str]}
+ENGINE_DOCUMENT = {
+    "schema": ("edgewright.engine/1",),
+    "model": str,
+    "verdict": ("pass", "fail", "inconclusive"),
+    "recommended": (None, {"backend": str, "precision": str, "path": str}),
+    "stages": [STAGE],
+    "reference": {"top1": (NUMBER, None), "top5": (NUMBER, None), "images": int, "labelled": bool},
+    "engines": [ENGINE],
+}
+ERROR_DOCUMENT = {"schema": ("edgewright.error/1",), "error": str, "message": str, "remedy": str}
+
+MORE = {  # what we add to the contract, which allows it within a schema number
+    "": {"weights", "notes"},
+    "engines[].parity": {
+        "labelled", "reference_top1", "reference_top5", "agreement_ci95", "pairs", "mcnemar_p", "nonfinite",
+    },
+    "engines[].latency_ms": {"cv"},
+}  # fmt: skip
+
+
+def differences(document: Any, shape: Any, place: str = "") -> Iterator[str]:
+    """Where `document` is not what the contract says: fields that miss or are unknown, and values of another kind."""
+    if isinstance(shape, dict):
+        if not isinstance(document, dict):
+            yield f"{place} is {document!r}, not an object"
+            return
+        allowed = shape.keys() | MORE.get(place, set())
+        yield from (f"{place}.{name} is missing" for name in sorted(shape.keys() - document.keys()))
+        yield from (f"{place}.{name} is unknown" for name in sorted(document.keys() - allowed))
+        for name in shape.keys() & document.keys():
+            yield from differences(document[name], shape[name], f"{place}.{name}".lstrip("."))
+    elif isinstance(shape, list):
+        if not isinstance(document, list):
+            yield f"{place} is {document!r}, not a list"
+            return
+        for item in document:
+            yield from differences(item, shape[0], f"{place}[]")
+    elif isinstance(shape, tuple):
+        found = [list(differences(document, each, place)) for each in shape]
+        if all(found):
+            yield from next((each for each in found if each[0].startswith(f"{place}.")), found[0])
+    elif shape == NUMBER:
+        if isinstance(document, bool) or not isinstance(document, int | float):
+            yield f"{place} is {document!r}, not a number"
+    elif shape == COUNTS:
+        if not isinstance(document, dict) or not all(type(count) is int for count in document.values()):
+            yield f"{place} is {document!r}, not counts by name"
+    elif isinstance(shape, type):
+        if type(document) is not shape:
+            yield f"{place} is {document!r}, not {shape.__name__}"
+    elif document != shape:
+        yield f"{place} is {document!r}, not {shape!r}"

@@ -1,0 +1,461 @@
+"""The command line: documents and exit codes, `run`, what is seen while stages run, and interrupted runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command import DRIVER, Command, Completed, run_process
+from contract import ENGINE_DOCUMENT, ERROR_DOCUMENT, STAGE, differences
+from edgewright import console
+from edgewright.pipeline import Outcome
+from edgewright.runtime.errors import WorkspaceError
+from edgewright.workspace import Workspace
+
+STAGES = (
+    "export",
+    "fold",
+    "build onnxruntime fp32",
+    "calibrate",
+    "quantize",
+    "build onnxruntime int8",
+    "reference",
+    "verify onnxruntime fp32",
+    "verify onnxruntime int8",
+    "latency",
+)
+Tiny = Callable[..., Completed]
+
+
+@pytest.fixture
+def tiny(command: Command, build_dir: Path, images: Any) -> Tiny:
+    """A command on the tiny network in the test's copy of the finished build folder; the budget is 8 points."""
+
+    def run(name: str, *arguments: object) -> Completed:
+        return command(name, "tiny", "--build-dir", build_dir, "--max-drop", 8, *images.options, *arguments)
+
+    return run
+
+
+def without_times(document: dict[str, Any]) -> dict[str, Any]:
+    """What two runs must agree on."""
+    engines = [{**engine, "latency_ms": None} for engine in document["engines"]]
+    stages = [stage["key"] for stage in document["stages"]]
+    return {**document, "engines": engines, "stages": stages, "recommended": None}
+
+
+# Documents and exit codes
+
+
+@pytest.mark.parametrize("name", ["engine", "verify"])
+def test_the_document_is_all_of_stdout(tiny: Tiny, name: str, build_dir: Path) -> None:
+    done = tiny(name, "--json")
+    assert done.code == 0
+    assert list(differences(done.document, ENGINE_DOCUMENT)) == []
+    assert done.document == json.loads((build_dir / "tiny" / "report.json").read_text())
+    assert [line.split()[0] for line in done.err.splitlines()] == [stage.split()[0] for stage in STAGES]
+
+
+def test_the_document_of_a_first_run_in_a_process_of_its_own(
+    tmp_path: Path, images: Any, outcome: Outcome, tiny: Tiny
+) -> None:
+    """Nothing that torch, onnx or onnxruntime print reaches stdout."""
+    done = run_process("engine", "tiny", "--json", "--build-dir", tmp_path, "--max-drop", 8, *images.options)
+    assert done.code == 0, done.err
+    assert list(differences(done.document, ENGINE_DOCUMENT)) == []
+    assert not any(stage["cached"] for stage in done.document["stages"])
+    assert without_times(done.document) == without_times(tiny("engine", "--json").document), "two processes agree"
+    assert len(done.err.splitlines()) == len(STAGES), "a line per stage and nothing else"
+
+
+def test_the_option_may_stand_anywhere_behind_the_command(command: Command, tiny: Tiny, build_dir: Path) -> None:
+    first = command("engine", "--json", "--weights", "default", "tiny", "--build-dir", build_dir / "none")
+    assert list(differences(first.document, ERROR_DOCUMENT)) == []
+    assert tiny("engine", "--json").code == 0
+
+
+@pytest.mark.parametrize(("budget", "verdict", "code"), [(8, "pass", 0), (0.5, "inconclusive", 4)])
+def test_the_verdict_is_the_exit_code(tiny: Tiny, budget: float, verdict: str, code: int) -> None:
+    done = tiny("engine", "--json", "--max-drop", budget)
+    assert (done.code, done.document["verdict"]) == (code, verdict)
+
+
+def test_a_failed_verdict(tiny: Tiny, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewright import pipeline
+
+    monkeypatch.setattr(pipeline, "_conclusion", lambda rows: ("fail", None))
+    done = tiny("engine")
+    assert done.code == 3
+    assert done.out.splitlines()[-1].startswith("FAIL: ")
+
+
+def test_the_table_ends_in_the_verdict(tiny: Tiny) -> None:
+    done = tiny("engine")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0].startswith("tiny on 60 images")
+    assert max(map(len, lines[:8])) <= 80
+    assert lines[-1].startswith("PASS: ")
+    assert "take onnxruntime" in lines[-1]
+
+
+@pytest.mark.parametrize("arguments", [("--weights", "nothing"), ("--evaluation", "nowhere"), ("--opset", "9")])
+def test_an_error_is_a_document_and_a_line(tiny: Tiny, arguments: tuple[str, ...]) -> None:
+    done = tiny("engine", "--json", *arguments)
+    assert list(differences(done.document, ERROR_DOCUMENT)) == []
+    assert done.error == f"{done.document['message']}; {done.document['remedy']}"
+    assert tiny("engine", *arguments).out == "", "without --json nothing is printed there"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("engine", "tiny", "--nonsense"),
+        ("engine", "tiny", "--method", "magic"),
+        ("engine", "tiny", "--max-drop", "101"),
+        ("engine", "tiny", "--opset", "new"),
+        ("engine", "tiny", "two"),
+        ("nonsense",),
+        ("run",),
+        ("run", "x.png", "--top", "0"),
+    ],
+)
+def test_wrong_usage(command: Command, arguments: tuple[str, ...]) -> None:
+    plain, as_json = command(*arguments), command(*arguments, "--json")
+    assert (plain.code, plain.out, as_json.code) == (2, "", 2)
+    assert "Usage: " in plain.err
+    assert list(differences(as_json.document, ERROR_DOCUMENT)) == []
+    assert as_json.document["error"] == "UsageError"
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("engine", "-h"), ("--version",)])
+def test_help_and_version(command: Command, arguments: tuple[str, ...]) -> None:
+    done = command(*arguments)
+    assert done.code == 0
+    assert done.out
+    assert done.err == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "text"),
+    [
+        ("export", {"path", "opset"}, "model.onnx"),
+        ("fold", {"path", "folded", "left", "difference"}, "folded: 3"),
+        ("calibrate", {"path", "images", "tensors"}, "images: 40"),
+        ("quantize", {"path", "int8_layers", "layers"}, "int8_layers: 4"),
+        ("build", {"engines"}, "4 × int8, 2 × fp32"),
+    ],
+)
+def test_single_stages(tiny: Tiny, name: str, fields: set[str], text: str) -> None:
+    done = tiny(name, "--json")
+    assert done.code == 0
+    document = done.document
+    assert document.keys() == {"schema", "model", "stages"} | fields
+    assert document["schema"] == f"edgewright.{name}/1"
+    assert list(differences(document["stages"], [STAGE])) == []
+    for path in [document["path"]] if "path" in fields else [engine["path"] for engine in document["engines"]]:
+        assert Path(path).is_file()
+    assert text in tiny(name).out
+
+
+def test_models_are_listed(command: Command) -> None:
+    listed = command("models", "--json").document["models"]
+    assert {"mobilenet_effnet_b0", "efficientnet_lite0", "tiny"} <= {model["name"] for model in listed}
+    text = command("models").out
+    assert all(model["name"] in text and model["summary"] in text for model in listed)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "torch is not installed here; pip install"),
+        (ImportError("libcudart.so: cannot open"), 1, "cannot be imported: libcudart.so"),
+        (MemoryError(), 1, "out of memory; use fewer --threads"),
+        (OSError(28, "No space left on device", "/tmp/x"), 1, "No space left on device (/tmp/x)"),
+        (KeyboardInterrupt(), 130, "interrupted; finished stages are kept"),
+    ],
+)
+def test_other_errors(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Workspace, "stage", fail)
+    done = tiny("engine", "--json")
+    assert done.code == code
+    assert words in done.err
+    assert "Traceback" not in done.err
+    assert list(differences(done.document, ERROR_DOCUMENT)) == []
+
+
+def test_an_error_is_one_line(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise WorkspaceError("one\ntwo", "three\nfour")
+
+    monkeypatch.setattr(Workspace, "stage", fail)
+    assert tiny("engine").error == "one two; three four"
+
+
+def test_a_reader_that_leaves(build_dir: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(DRIVER), "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("option", [(), ("--json",)])
+def test_output_that_cannot_be_written(option: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(
+            [sys.executable, str(DRIVER), "models", *option], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert process.returncode == 1
+    assert "No space left on device" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
+# run
+
+
+@pytest.fixture
+def classify(command: Command, build_dir: Path, images: Any, tiny: Tiny) -> Tiny:
+    """`edgewright run` on three evaluation images, after a run that left its report."""
+    assert tiny("engine").code == 0
+    files = sorted(images.evaluation.glob("*.png"))[:3]
+
+    def run(*arguments: object, model: str = "tiny") -> Completed:
+        return command("run", *files, "--build-dir", build_dir, "--model", model, *arguments)
+
+    return run
+
+
+def test_run_prints_every_image_with_its_classes(classify: Tiny, images: Any) -> None:
+    done = classify("--top", 2)
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert len(lines) == 9
+    assert lines[0].endswith("000.png")
+    assert [line.split()[1] for line in lines[1:3]] == ["%", "%"]
+    assert "is the fastest engine that passed" in done.err
+
+
+def test_run_documents_its_predictions(classify: Tiny, images: Any) -> None:
+    document = classify("--json", "--precision", "fp32").document
+    assert document["schema"] == "edgewright.run/1"
+    assert document["engine"] == {"backend": "onnxruntime", "precision": "fp32"}
+    rows = (images.evaluation / "labels.csv").read_text().split()[1:4]
+    assert [entry["top"][0]["index"] for entry in document["images"]] == [int(row.split(",")[1]) for row in rows]
+    for entry in document["images"]:
+        probabilities = [prediction["probability"] for prediction in entry["top"]]
+        assert probabilities == sorted(probabilities, reverse=True)
+        assert sum(probabilities) == pytest.approx(1.0)
+
+
+def test_run_takes_an_engine_file(command: Command, build_dir: Path, images: Any) -> None:
+    engine = build_dir / "tiny" / "engines" / "onnxruntime-int8.onnx"
+    done = command("run", images.evaluation / "000.png", "--engine", engine, "--json")
+    assert done.document["engine"]["precision"] == "int8"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--model", "absent"), "there is no engine or build folder"),
+        (("--precision", "fp16"), "has no fp16 engine; run edgewright engine MODEL"),
+        (("--backend", "magic"), "has no magic engine"),
+        (("--backend", "onnxruntime"), "several engines (onnxruntime fp32, onnxruntime int8)"),
+        (("absent.png",), "absent.png"),
+    ],
+)
+def test_run_refuses(classify: Tiny, arguments: tuple[str, ...], words: str) -> None:
+    done = classify(*arguments)
+    assert words in done.error
+    assert done.out == ""
+    assert list(differences(classify(*arguments, "--json").document, ERROR_DOCUMENT)) == []
+
+
+def test_run_names_the_broken_one_of_several_images(classify: Tiny, images: Any) -> None:
+    (images.evaluation / "001.png").write_bytes((images.evaluation / "001.png").read_bytes()[:-60])
+    assert "001.png" in classify().error
+
+
+@pytest.mark.parametrize("file", ["onnxruntime-fp32.onnx", "onnxruntime-fp32.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "delete"])
+def test_run_refuses_a_tampered_engine(classify: Tiny, build_dir: Path, file: str, damage: str) -> None:
+    path = build_dir / "tiny" / "engines" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes({"flip": bytes(content), "truncate": bytes(content[:-9]), "empty": b"", "delete": b""}[damage])
+    if damage == "delete":
+        path.unlink()
+    engine = build_dir / "tiny" / "engines" / "onnxruntime-fp32.onnx"
+    assert "fp32" in classify("--engine", engine).error
+
+
+def test_run_needs_neither_torch_nor_onnx(build_dir: Path, images: Any, tmp_path: Path) -> None:
+    file = tmp_path / "modules.json"
+    engine = build_dir / "tiny" / "engines" / "onnxruntime-int8.onnx"
+    done = run_process("run", images.evaluation / "000.png", "--engine", engine, TINY_MODULES_TO=str(file))
+    assert done.code == 0, done.err
+    imported = {name.partition(".")[0] for name in json.loads(file.read_text())}
+    assert not imported & {"torch", "torchvision", "onnx", "onnx_ir", "rich", "scipy"}
+
+
+# Interrupted runs
+
+
+def test_two_runs_at_once(tiny: Tiny, build_dir: Path) -> None:
+    with Workspace(build_dir / "tiny").locked():
+        assert "another run is using" in tiny("engine").error
+        assert "another run is using" in run_process("fold", "tiny", "--build-dir", build_dir).error
+    assert tiny("engine").code == 0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ctrl_c_in_a_stage(tiny: Tiny, build_dir: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    """The signal comes when the stage is about to rename its first file."""
+    expected = without_times(tiny("engine", "--json").document)
+    make_stage, replace = Workspace.stage, os.replace
+    (build_dir / "tiny" / f"{stage}.key.json").unlink()
+
+    def noticed(self: Workspace, name: str, *arguments: Any) -> Any:
+        if name == stage:
+            monkeypatch.setattr(os, "replace", interrupted)
+        return make_stage(self, name, *arguments)
+
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Workspace, "stage", noticed)
+    stopped = tiny("engine")
+    assert stopped.code == 130
+    assert stopped.out == ""
+    assert stopped.err.splitlines()[-1] == "interrupted; finished stages are kept, the next run goes on"
+    assert "Traceback" not in stopped.err
+    monkeypatch.setattr(Workspace, "stage", make_stage)
+    monkeypatch.setattr(os, "replace", replace)
+    assert not list(build_dir.rglob(".partial-*"))
+    document = tiny("engine", "--json").document
+    assert [each["name"] for each in document["stages"] if not each["cached"]] == [stage]
+    assert without_times(document) == expected
+
+
+def test_ctrl_c_from_a_terminal_while_libraries_load(tmp_path: Path, images: Any, tiny: Tiny) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(DRIVER), "engine", "tiny", "--build-dir", str(tmp_path), *images.options],
+        env={**os.environ, "TINY_READY": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert out == ""
+    assert "Traceback" not in err
+
+
+def test_a_run_killed_in_every_stage_goes_on(tmp_path: Path, images: Any, tiny: Tiny) -> None:
+    """One run after the other is killed, each a stage later than the one before; the last one finishes."""
+    arguments = ("engine", "tiny", "--build-dir", tmp_path, "--max-drop", 8, *images.options)
+    for stage in STAGES:
+        killed = run_process(*arguments, TINY_KILL_IN=stage)
+        assert killed.code == -signal.SIGKILL, killed.err
+        assert killed.out == ""
+        assert list((tmp_path / "tiny").rglob(".partial-*")), "the temporary file was there"
+    done = run_process(*arguments, "--json")
+    assert done.code == 0, done.err
+    assert [stage["name"] for stage in done.document["stages"] if not stage["cached"]] == ["latency"]
+    assert without_times(done.document) == without_times(tiny("engine", "--json").document)
+    assert not list(tmp_path.rglob(".partial-*"))
+
+
+# What is seen meanwhile
+
+WATCHED = """
+import time
+from edgewright import console
+from edgewright.workspace import StageRun
+console.SECONDS_BEFORE_BAR = 0.5
+with console.ConsoleObserver() as observer:
+    for stage, seconds in (("quick", 0.1), ("slow", 1.5)):
+        observer.started(stage)
+        for step in range(10):
+            observer.progressed(stage, step, 10)
+            time.sleep(seconds / 10)
+        observer.finished(StageRun(stage, seconds, False, "", ("first build",), {}))
+    observer.noted("[noted]")
+"""
+BAR = "━"
+
+
+def test_the_bar_waits_for_two_seconds() -> None:
+    assert console.SECONDS_BEFORE_BAR == 2.0
+
+
+@pytest.mark.parametrize("terminal", ["xterm", "dumb"])
+def test_a_slow_stage_has_a_bar_on_a_terminal(terminal: str) -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", WATCHED],
+        stdin=follower,
+        stdout=subprocess.DEVNULL,
+        stderr=follower,
+        env={**os.environ, "TERM": terminal, "COLUMNS": "80", "LINES": "24"},
+    )
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            part = os.read(leader, 4096)
+        except OSError:  # what Linux says when the last writer has closed a terminal
+            break
+        if not part:
+            break
+        seen += part
+    os.close(leader)
+    assert process.wait() == 0
+    before_slow, _, slow = seen.decode().partition("quick")
+    assert BAR not in before_slow
+    assert (BAR in slow) == (terminal == "xterm")
+    assert "[noted]" in slow
+    if terminal == "dumb":
+        assert [line.split()[0] for line in seen.decode().splitlines()] == ["quick", "slow", "[noted]"]
+
+
+def test_a_log_file_has_lines_only() -> None:
+    process = subprocess.run([sys.executable, "-c", WATCHED], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout == ""
+    assert [line.split() for line in process.stderr.splitlines()] == [
+        ["quick", "0.1", "s"],
+        ["slow", "1.5", "s"],
+        ["[noted]"],
+    ]
+
+
+def test_no_bar_is_left_behind_by_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    observer = console.ConsoleObserver()
+    with contextlib.suppress(KeyError), observer:
+        observer.started("export")
+        raise KeyError
+    assert observer._bar is None

@@ -1,0 +1,596 @@
+"""The stages on a tiny network: what they give, what is reused, and rows that cannot be built or run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from command import run_process
+from edgewright import pipeline as module
+from edgewright.calibration.image_set import ImageSet
+from edgewright.export.models import MODELS, ModelEntry, resolve
+from edgewright.pipeline import EngineRow, Options, Outcome, Pipeline
+from edgewright.runtime.backends import BACKENDS, Absence, BuildRequest, Built, Runner
+from edgewright.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from edgewright.runtime.errors import BuildError, DataError, EngineError, ModelError, ParityError, QuantizationError
+from edgewright.runtime.latency import Latency
+from edgewright.runtime.session import REPORT_FILE, Session
+from edgewright.workspace import FIRST_TIME, library_versions
+from tiny_network import LABELS, PREPROCESS, write_images
+
+pytestmark = pytest.mark.usefixtures("tiny_models")
+
+Changes = dict[str, tuple[str, ...]]
+Prove = Callable[..., Outcome]
+
+STAGES = (
+    "export",
+    "fold",
+    "build onnxruntime fp32",
+    "calibrate",
+    "quantize",
+    "build onnxruntime int8",
+    "reference",
+    "verify onnxruntime fp32",
+    "verify onnxruntime int8",
+    "latency",
+)
+FP32, INT8 = "onnxruntime fp32", "onnxruntime int8"
+INT8_GRAPH = "graph of engines/onnxruntime-int8.onnx"
+FP32_GRAPH = "graph of engines/onnxruntime-fp32.onnx"
+
+
+@pytest.fixture
+def prove(build_dir: Path, images: Any) -> Prove:
+    """Runs everything in the test's copy of the finished build folder."""
+
+    def run(**options: Any) -> Outcome:
+        given = {"build_dir": build_dir, "calibration": images.calibration, "evaluation": images.evaluation}
+        pipeline = Pipeline(Options("tiny", **{"budget": 0.08, **given, **options}))
+        with pipeline.workspace.locked():
+            return pipeline.prove()
+
+    return run
+
+
+def made(outcome: Outcome) -> Changes:
+    """The stages that were made, not reused, and for what."""
+    return {run.name: run.changed for run in outcome.stages if not run.cached}
+
+
+def row_of(outcome: Outcome, backend: str, precision: str) -> EngineRow:
+    (row,) = (row for row in outcome.rows if (row.backend, row.precision) == (backend, precision))
+    return row
+
+
+# What comes out
+
+
+def test_the_stages_run_in_order(outcome: Outcome) -> None:
+    assert tuple(run.name for run in outcome.stages) == STAGES
+    assert made(outcome) == dict.fromkeys(STAGES, FIRST_TIME)
+
+
+def test_figures_are_those_of_the_networks_own_logits(outcome: Outcome, shared_images: Any) -> None:
+    import torch
+
+    paths = sorted(shared_images.evaluation.glob("*.png"))
+    with torch.inference_mode():
+        expected = resolve("tiny").build()(torch.from_numpy(PREPROCESS.batch(paths))).numpy()
+    assert len(set(expected.argmax(1))) > 1, "the network must not always say the same"
+    assert (outcome.reference.top1, outcome.reference.images, outcome.reference.labelled) == (1.0, 60, True)
+    fp32, int8 = row_of(outcome, *FP32.split()), row_of(outcome, *INT8.split())
+    for row in (fp32, int8):
+        assert row.parity is not None
+        assert row.parity.top1 == row.parity.agreement, "labels are the network's own predictions"
+    assert fp32.parity is not None
+    assert int8.parity is not None
+    assert fp32.parity.agreement == 1.0
+    assert fp32.parity.max_abs is not None
+    assert fp32.parity.max_abs <= 1e-4 * np.abs(expected).max()
+    assert int8.parity.sqnr_db is not None
+    assert 10 < int8.parity.sqnr_db < 60, "integers, neither lost nor exact"
+
+
+def test_engines_are_what_they_say(outcome: Outcome) -> None:
+    fp32, int8 = row_of(outcome, *FP32.split()), row_of(outcome, *INT8.split())
+    assert fp32.info is not None
+    assert int8.info is not None
+    assert fp32.info.actual_precision == {"fp32": 6}
+    assert int8.info.actual_precision == {"int8": 4, "fp32": 2}, "the gate's two convolutions stay float"
+    assert fp32.info.labels == LABELS
+
+
+def test_the_engines_of_the_folder_open_and_agree_with_the_table(
+    finished: tuple[Path, Outcome], shared_images: Any
+) -> None:
+    paths = sorted(shared_images.evaluation.glob("*.png"))
+    labels = [int(line.split(",")[1]) for line in (shared_images.evaluation / "labels.csv").read_text().split()[1:]]
+    for precision in ("fp32", "int8"):
+        with Session.open(finished[0] / "tiny", backend="onnxruntime", precision=precision) as session:
+            found = [predictions[0].index for predictions in session.classify(paths)]
+        parity = row_of(finished[1], "onnxruntime", precision).parity
+        assert parity is not None
+        assert np.mean(np.array(found) == labels) == parity.top1
+
+
+def test_no_temporary_file_is_left(finished: tuple[Path, Outcome]) -> None:
+    assert not list(finished[0].rglob(".partial-*"))
+
+
+def test_one_channel(tmp_path: Path, images: Any) -> None:
+    (images.evaluation / "labels.csv").unlink()
+    options = Options("tiny_gray", "default", tmp_path / "gray", 18, images.calibration, images.evaluation, budget=1.0)
+    pipeline = Pipeline(options)
+    with pipeline.workspace.locked():
+        outcome = pipeline.prove()
+    assert pipeline.exported.inputs[0].shape == (None, 1, 16, 16)
+    assert outcome.verdict == "pass"
+    assert [row.status for row in outcome.rows] == ["verified", "verified"]
+
+
+# Reuse
+
+
+def test_nothing_is_made_twice_and_the_answer_is_the_same(prove: Prove, outcome: Outcome) -> None:
+    again = prove()
+    assert made(again) == {}
+    assert [run.key for run in again.stages] == [run.key for run in outcome.stages]
+    assert (again.rows, again.reference, again.verdict) == (outcome.rows, outcome.reference, outcome.verdict)
+
+
+def test_time_stamps_and_places_do_not_matter(prove: Prove, build_dir: Path, images: Any) -> None:
+    for path in build_dir.rglob("*"):
+        os.utime(path, (0, 0))
+    moved = images.calibration.rename(images.calibration.with_name("elsewhere"))
+    for index, path in enumerate(sorted(moved.iterdir())):
+        path.rename(moved / f"renamed {index:03}.png")
+    assert made(prove(calibration=moved)) == {}
+
+
+def test_a_run_without_changes_imports_neither_torch_nor_onnx(build_dir: Path, images: Any, tmp_path: Path) -> None:
+    file = tmp_path / "modules.json"
+    arguments = ("engine", "tiny", "--build-dir", build_dir, *images.options, "--max-drop", 8, "--json")
+    done = run_process(*arguments, TINY_MODULES_TO=str(file))
+    assert done.code == 0, done.err
+    assert all(stage["cached"] for stage in done.document["stages"])
+    imported = {name.partition(".")[0] for name in json.loads(file.read_text())}
+    assert "numpy" in imported
+    assert not imported & {"torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "scipy"}
+
+
+def rebuilt(graphs: bool = True, *, int8: bool = True, cause: str = "graph", calibration: bool = True) -> Changes:
+    """What follows when the folded graph, or only the integer one, is another."""
+    changes: Changes = {}
+    if graphs:
+        changes |= {f"build {FP32}": (cause,), f"verify {FP32}": (cause,)}
+    if calibration:
+        changes |= {"calibrate": (cause,)}
+    if int8:
+        changes |= {f"build {INT8}": (cause,), f"verify {INT8}": (cause,)}
+        changes |= {"latency": (FP32_GRAPH, INT8_GRAPH) if graphs else (INT8_GRAPH,)}
+    return changes
+
+
+ANOTHER_NETWORK = rebuilt() | {"fold": ("graph",), "quantize": ("calibration", "graph")}
+ANOTHER_CALIBRATION = rebuilt(graphs=False, calibration=False) | {"quantize": ("calibration",)}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"weights": "other"}, ANOTHER_NETWORK | {"export": ("weights",), "reference": ("weights",)}),
+        ({"opset": 20}, ANOTHER_NETWORK | {"export": ("opset",)}),
+        (
+            {"weights": "dim"},
+            {
+                "export": ("preprocessing",),
+                "fold": ("preprocessing",),
+                "calibrate": ("preprocessing",),
+                "quantize": ("calibration",),
+                f"build {FP32}": ("preprocessing",),
+                f"build {INT8}": ("graph", "preprocessing"),
+                "reference": ("preprocessing",),
+                f"verify {FP32}": ("preprocessing",),
+                f"verify {INT8}": ("graph", "preprocessing"),
+                "latency": (INT8_GRAPH,),
+            },
+        ),
+        ({"method": "minmax"}, rebuilt(graphs=False, calibration=False) | {"quantize": ("method",)}),
+        (
+            {"threads": 1},
+            dict.fromkeys((f"verify {FP32}", f"verify {INT8}", "latency"), ("threads",)),
+        ),
+        ({"budget": 0.5}, {}),
+        ({"allow_overlap": True}, {}),
+    ],
+    ids=["weights", "opset", "preprocessing", "method", "threads", "budget", "overlap"],
+)
+def test_an_option_remakes_what_depends_on_it(prove: Prove, options: dict[str, Any], expected: Changes) -> None:
+    assert made(prove(**options)) == expected
+
+
+def test_another_calibration_image_remakes_what_depends_on_it(prove: Prove, images: Any) -> None:
+    Image.new("RGB", (9, 9), (250, 10, 200)).save(images.calibration / "new.png")
+    assert made(prove()) == ANOTHER_CALIBRATION | {"calibrate": ("images",)}
+
+
+def test_another_evaluation_image_remakes_what_depends_on_it(prove: Prove, images: Any) -> None:
+    Image.new("RGB", (9, 9), (250, 10, 200)).save(images.evaluation / "000.png")
+    assert made(prove()) == dict.fromkeys(("reference", f"verify {FP32}", f"verify {INT8}"), ("images",))
+
+
+def test_other_labels_change_the_figures_but_no_artefact(prove: Prove, images: Any, outcome: Outcome) -> None:
+    file = images.evaluation / "labels.csv"
+    head, *rows = file.read_text().split()
+    file.write_text("\n".join([head, *(f"{row.split(',')[0]},{3 - int(row.split(',')[1])}" for row in rows)]))
+    other = prove()
+    assert made(other) == {}
+    assert other.reference.top1 == 0.0 != outcome.reference.top1
+
+
+def test_labels_of_calibration_images_are_not_looked_at(prove: Prove, images: Any) -> None:
+    for index, path in enumerate(sorted(images.calibration.glob("*.png"))):
+        folder = images.calibration / f"no label of the model {index // 20}"
+        folder.mkdir(exist_ok=True)
+        path.rename(folder / path.name)
+    assert made(prove()) == {}
+
+
+CODE = [
+    ("export/to_onnx.py", {"export": ("export code",)}),
+    ("export/models.py", {"export": ("export code",), "reference": ("reference code",)}),
+    ("export/zoo/mbconv.py", {"export": ("export code",), "reference": ("reference code",)}),
+    ("optimize/fold_batchnorm.py", {"fold": ("fold code",)}),
+    ("optimize/plan.py", {"quantize": ("quantize code",)}),
+    ("calibration/collect.py", {"calibrate": ("calibration code",)}),
+    ("calibration/ranges.py", {"calibrate": ("calibration code",), "quantize": ("quantize code",)}),
+    ("runtime/latency.py", {"latency": ("latency code",)}),
+    ("runtime/parity.py", {}),
+    ("pipeline.py", dict.fromkeys(STAGES, ("pipeline code",))),
+    ("cli.py", {}),
+]
+
+
+@pytest.mark.parametrize(("file", "expected"), CODE, ids=[file for file, _ in CODE])
+def test_changed_code_remakes_its_stages(
+    prove: Prove, monkeypatch: pytest.MonkeyPatch, file: str, expected: Changes
+) -> None:
+    """What comes out is the same, so that nothing else is made again, except that calibration.json names its code."""
+    original = vars(module)["source_hash"]
+
+    def changed(*modules: str) -> str:
+        touched = any(file == name or file.startswith(f"{name}/") for name in modules)
+        return str(original(*modules)) + (" changed" if touched else "")
+
+    monkeypatch.setattr(module, "source_hash", changed)
+    found = made(prove())
+    if "calibrate" in expected and file != "pipeline.py":
+        quantize = found.pop("quantize")
+        assert "calibration" in quantize
+        assert set(quantize) - {"calibration"} == set(expected.get("quantize", ()))
+        expected = {stage: changes for stage, changes in expected.items() if stage != "quantize"}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("library", "stages"),
+    [
+        ("pillow", {"calibrate"}),
+        ("torch", {"export", "reference"}),
+        ("torchvision", {"export"}),
+        ("onnx-ir", {"export", "fold", "calibrate", "quantize"}),
+    ],
+)
+def test_another_version_of_a_library_remakes_its_stages(
+    prove: Prove, monkeypatch: pytest.MonkeyPatch, library: str, stages: set[str]
+) -> None:
+    original = library_versions
+
+    def upgraded(*distributions: str) -> str:
+        return original(*distributions) + (" upgraded" if library in distributions else "")
+
+    monkeypatch.setattr(module, "library_versions", upgraded)
+    found = made(prove())
+    if "calibrate" in stages:
+        stages = {*stages, "quantize"}
+    assert set(found) == stages
+    for stage in stages - {"quantize"}:
+        assert found[stage] == ("libraries",)
+
+
+def test_another_version_of_the_backend_remakes_its_engines(prove: Prove, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxRuntimeBackend, "version", lambda self: "99")
+    engines = (f"build {FP32}", f"build {INT8}", f"verify {FP32}", f"verify {INT8}")
+    assert made(prove()) == dict.fromkeys(engines, ("backend",)) | {"latency": ("backends",)}
+
+
+def test_another_machine_remakes_engines_and_measurements(prove: Prove, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "machine", lambda: "another")
+    own = {"export", "fold", "calibrate", "quantize"}
+    assert made(prove()) == dict.fromkeys([stage for stage in STAGES if stage not in own], ("machine",))
+
+
+def test_a_report_does_not_outlive_the_engine_that_it_recommends(
+    prove: Prove, build_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = build_dir / "tiny" / REPORT_FILE
+    report.write_text("{}")
+    prove()
+    assert report.exists()
+    monkeypatch.setattr(module, "machine", lambda: "another")
+    prove()
+    assert not report.exists()
+
+
+# Rows
+
+
+class Fake(OnnxRuntimeBackend):
+    """onnxruntime under another name, with faults."""
+
+    name = "fake"
+    precisions = ("int8",)  # type: ignore[assignment]
+
+    def __init__(self, fault: str = "") -> None:
+        self.fault = fault
+
+    def absence(self) -> Absence | None:
+        if self.fault == "absent":
+            return Absence("package_missing", "the package fake is not installed", "pip install fake")
+        return super().absence()
+
+    def build_impl(self, request: BuildRequest) -> Built:
+        if self.fault == "build":
+            raise BuildError("fake refused node 7", "take another model")
+        return super().build_impl(request)
+
+    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
+        if self.fault == "open":
+            raise EngineError("fake has no device", "plug it in")
+        runner = super().open(engine, threads=threads)
+        return Disturbed(runner, self.fault) if self.fault in ("wrong", "nan") else runner
+
+
+class Disturbed(Runner):
+    def __init__(self, runner: Runner, fault: str) -> None:
+        super().__init__(runner.inputs, runner.outputs)
+        self.runner, self.fault = runner, fault
+
+    def infer_impl(self, feeds: Any) -> dict[str, NDArray[np.float32]]:
+        logits = self.runner.infer(feeds)
+        if self.fault == "nan":
+            return {name: np.full_like(value, np.nan) for name, value in logits.items()}
+        return {name: -value for name, value in logits.items()}
+
+    def close_impl(self) -> None:
+        self.runner.close()
+
+
+@pytest.fixture
+def prove_with_fake(prove: Prove, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Outcome]:
+    def run(fault: str) -> Outcome:
+        monkeypatch.setitem(BACKENDS, "fake", Fake(fault))
+        return prove()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "reason_code", "reason", "stages"),
+    [
+        ("absent", "skipped", "package_missing", "the package fake is not installed; pip install fake", ()),
+        ("build", "failed", "build_failed", "fake refused node 7; take another model", ()),
+        ("open", "failed", "run_failed", "fake has no device; plug it in", ("build fake int8",)),
+        ("wrong", "over_budget", "fail", "FAIL: loses at least", ("build fake int8", "verify fake int8", "latency")),
+        ("nan", "over_budget", "fail", "FAIL: loses at least", ("build fake int8", "verify fake int8", "latency")),
+    ],
+)
+def test_a_row_that_goes_wrong_says_so_and_the_run_goes_on(
+    prove_with_fake: Callable[[str], Outcome],
+    outcome: Outcome,
+    fault: str,
+    status: str,
+    reason_code: str,
+    reason: str,
+    stages: tuple[str, ...],
+) -> None:
+    found = prove_with_fake(fault)
+    row = row_of(found, "fake", "int8")
+    assert (row.status, row.reason_code) == (status, reason_code)
+    assert row.reason.startswith(reason)
+    assert tuple(made(found)) == stages
+    assert (row.parity is None) == (row.latency is None) == (status in ("skipped", "failed"))
+    assert found.verdict == "pass"
+    assert found.recommended is not None
+    assert found.recommended.backend == "onnxruntime"
+    assert [replace(each, latency=None) for each in found.rows[:2]] == [
+        replace(each, latency=None) for each in outcome.rows
+    ]
+
+
+def test_a_failed_row_is_tried_again(prove_with_fake: Callable[[str], Outcome]) -> None:
+    prove_with_fake("build")
+    assert row_of(prove_with_fake(""), "fake", "int8").status in ("verified", "undecided")
+
+
+def test_stages_that_backends_share_are_listed_once(prove_with_fake: Callable[[str], Outcome]) -> None:
+    names = [run.name for run in prove_with_fake("").stages]
+    assert names.count("quantize") == 1
+    assert len(set(names)) == len(names)
+
+
+def test_no_backend_at_all(prove: Prove, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnnxRuntimeBackend, "absence", lambda self: Absence("package_missing", "gone", "install it"))
+    found = prove()
+    assert [row.status for row in found.rows] == ["skipped", "skipped"]
+    assert (found.verdict, found.recommended) == ("fail", None)
+
+
+def test_a_graph_that_cannot_be_quantized_leaves_the_float_engine(
+    prove: Prove, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Pipeline, dialect: str) -> None:
+        raise QuantizationError("no range for conv_3", "calibrate again")
+
+    monkeypatch.setattr(Pipeline, "_quantize", refuse)
+    found = prove()
+    row = row_of(found, *INT8.split())
+    assert (row.status, row.reason_code) == ("failed", "quantization_failed")
+    assert found.recommended == row_of(found, *FP32.split())
+
+
+def test_a_fold_that_fails_ends_the_run(prove: Prove, monkeypatch: pytest.MonkeyPatch, build_dir: Path) -> None:
+    def refuse(*_: object, **__: object) -> float:
+        raise QuantizationError("the graphs differ by 1")
+
+    monkeypatch.setattr("edgewright.optimize.verify.check_equivalent", refuse)
+    (build_dir / "tiny" / "folded.onnx").unlink()
+    with pytest.raises(QuantizationError, match="differ by 1"):
+        prove()
+    assert not (build_dir / "tiny" / "folded.onnx").exists()
+
+
+# The verdict
+
+
+def engine_row(status: str, p50: float | None, backend: str = "b") -> EngineRow:
+    latency = None if p50 is None else Latency(1, 2, 9, p50, p50, p50, 0.0)
+    return EngineRow(backend, "int8", None, status, "", "", latency=latency)
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "recommended"),
+    [
+        ([], "fail", None),
+        ([("skipped", None), ("failed", None)], "fail", None),
+        ([("over_budget", 1.0)], "fail", None),
+        ([("built_not_run", None), ("over_budget", 1.0)], "fail", None),
+        ([("simulated", None)], "fail", None),
+        ([("verified", 2.0)], "pass", 0),
+        ([("verified", 2.0), ("verified", 1.0)], "pass", 1),
+        ([("verified", 2.0), ("over_budget", 1.0), ("undecided", 0.5)], "pass", 0),
+        ([("verified", None), ("verified", 3.0)], "pass", 1),
+        ([("undecided", 1.0), ("over_budget", 0.1)], "inconclusive", None),
+    ],
+)
+def test_the_fastest_row_that_passes_is_recommended(
+    rows: list[tuple[str, float | None]], verdict: str, recommended: int | None
+) -> None:
+    made_rows = [engine_row(*row, backend=str(index)) for index, row in enumerate(rows)]
+    found, best = module._conclusion(made_rows)
+    assert found == verdict
+    assert best == (None if recommended is None else made_rows[recommended])
+
+
+def test_verdicts_follow_the_budget(prove: Prove) -> None:
+    assert prove(budget=0.001).verdict == "inconclusive"
+    found = prove(budget=0.08)
+    assert (found.verdict, row_of(found, *FP32.split()).status) == ("pass", "verified")
+    assert found.recommended is not None
+    with pytest.raises(ParityError, match="budget"):
+        prove(budget=float("nan"))
+
+
+def test_all_rows_over_budget(prove: Prove, build_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fake, "name", "onnxruntime")
+    monkeypatch.setitem(BACKENDS, "onnxruntime", Fake("wrong"))
+    (build_dir / "tiny" / "logits" / "onnxruntime-int8.npy").unlink()
+    found = prove()
+    assert [row.status for row in found.rows] == ["over_budget"]
+    assert (found.verdict, found.recommended) == ("fail", None)
+
+
+def test_without_labels_agreement_is_judged(prove: Prove, images: Any) -> None:
+    (images.evaluation / "labels.csv").unlink()
+    found = prove()
+    assert made(found) == {}
+    assert (found.reference.labelled, found.reference.top1, found.reference.top5) == (False, None, None)
+    parity = row_of(found, *FP32.split()).parity
+    assert parity is not None
+    assert (parity.top1, parity.delta, parity.agreement) == (None, None, 1.0)
+
+
+# Data and weights
+
+
+def test_the_same_image_in_both_folders_is_named(prove: Prove, images: Any) -> None:
+    shutil.copy(images.evaluation / "007.png", images.calibration / "twin.png")
+    with pytest.raises(DataError, match=r"007\.png \(the same as .*twin\.png\); .*--allow-overlap"):
+        prove()
+    assert made(prove(allow_overlap=True))["calibrate"] == ("images",)
+
+
+@pytest.mark.parametrize("use", ["calibration", "evaluation"])
+def test_a_model_without_images_asks_for_them(prove: Prove, use: str) -> None:
+    with pytest.raises(DataError, match=f"brings no {use} images of its own; give --{use} DIR"):
+        prove(**{use: None})
+
+
+def test_missing_evaluation_images_are_noticed_before_anything_slow(prove: Prove, build_dir: Path) -> None:
+    shutil.rmtree(build_dir / "tiny" / "engines")
+    with pytest.raises(DataError, match="evaluation"):
+        prove(evaluation=None)
+    assert not (build_dir / "tiny" / "engines").exists()
+
+
+def test_a_missing_folder_is_noticed_before_the_first_stage(prove: Prove, build_dir: Path, tmp_path: Path) -> None:
+    shutil.rmtree(build_dir)
+    with pytest.raises(DataError, match="does not exist"):
+        prove(evaluation=tmp_path / "nowhere")
+    assert not build_dir.exists()
+
+
+def test_images_that_ship_with_the_project_are_taken_where_they_fit(
+    prove: Prove, images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = MODELS["tiny"]
+    shipped = {name: replace(weights, data="fashion_mnist") for name, weights in entry.weights.items()}
+    monkeypatch.setitem(MODELS, "tiny", ModelEntry(entry.summary, entry.build, shipped))
+    rng = np.random.default_rng(5)
+    sets = [
+        ImageSet.from_array(name, rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count) % 4)
+        for name, count in (("calibration", 12), ("test", 24))
+    ]
+    monkeypatch.setattr(module, "fashion_mnist_calibration", lambda: sets[0])
+    monkeypatch.setattr(module, "fashion_mnist_test", lambda: sets[1])
+    found = prove(calibration=None, evaluation=None)
+    assert (found.reference.images, found.reference.labelled) == (24, True)
+    mixed = prove(calibration=None)
+    assert mixed.reference.images == 60
+    monkeypatch.setattr(module, "fashion_mnist_test", lambda: sets[0])
+    with pytest.raises(DataError, match="calibration images too"):
+        prove(calibration=None, evaluation=None)
+
+
+def test_random_weights_are_noted(prove: Prove, outcome: Outcome) -> None:
+    assert outcome.notes == ()
+    assert prove(weights="random").notes == ("the weights are random (seed 0): predictions mean nothing",)
+
+
+def test_a_size_that_depends_on_the_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = MODELS["tiny"]
+    loose = replace(entry.weights["default"], preprocess=replace(PREPROCESS, resize=16))
+    monkeypatch.setitem(MODELS, "tiny", ModelEntry(entry.summary, entry.build, {"default": loose}))
+    with pytest.raises(ModelError, match="no fixed input size; give its preprocessing a crop"):
+        Pipeline(Options("tiny"))
+
+
+def test_evaluation_labels_are_those_of_the_model(prove: Prove, images: Any, tmp_path: Path) -> None:
+    for index, label in enumerate(("blue", "red")):
+        write_images(tmp_path / "named" / label, 6, seed=30 + index)
+    found = prove(evaluation=tmp_path / "named")
+    assert found.reference.images == 12
+    (tmp_path / "named" / "red").rename(tmp_path / "named" / "purple")
+    with pytest.raises(DataError, match="'purple'"):
+        prove(evaluation=tmp_path / "named")
