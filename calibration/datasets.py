@@ -10,9 +10,9 @@ from pathlib import Path
 
 from edgewright.runtime.errors import DataError
 
-from .image_set import NAMED_IN_ERRORS, ImageSet, check_disjoint, split_calibration
+from .image_set import NAMED_IN_ERRORS, ImageSet, check_disjoint
 
-__all__ = ["IMAGE_SUFFIXES", "LABELS_FILE", "ImageSet", "check_disjoint", "image_folder", "split_calibration"]
+__all__ = ["IMAGE_SUFFIXES", "LABELS_FILE", "ImageSet", "check_disjoint", "image_folder"]
 
 LABELS_FILE = "labels.csv"
 # What Pillow decodes.

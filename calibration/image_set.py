@@ -16,7 +16,7 @@ from edgewright.runtime.errors import DataError
 from edgewright.runtime.files import sha256_of, sha256_of_file
 from edgewright.runtime.preprocess import ImageLike
 
-__all__ = ["ImageSet", "check_disjoint", "split_calibration"]
+__all__ = ["ImageSet", "check_disjoint"]
 
 NAMED_IN_ERRORS = 3  # a message names so many files and counts the rest
 
@@ -166,18 +166,3 @@ def check_disjoint(calibration: ImageSet, evaluation: ImageSet, *, allow_overlap
         f"{len(shared)} of {len(evaluation)} evaluation images are calibration images too: {', '.join(named)}{more}",
         "remove them from one of the two, or give --allow-overlap",
     )
-
-
-def split_calibration(image_set: ImageSet, held_back_share: float = 0.25, seed: int = 0) -> tuple[ImageSet, ImageSet]:
-    """The images that ranges are made from and those, held back, that check the choice; each in its former order.
-
-    Raises `DataError` if there are fewer than two images or the share is not between 0 and 1.
-    """
-    if not 0 < held_back_share < 1:
-        raise DataError(f"a share of {held_back_share} cannot be held back, expected one between 0 and 1")
-    count = len(image_set)
-    if count < 2:
-        raise DataError(f"{image_set.name} has {count} images, a split needs at least 2", "give more images")
-    held_back = min(count - 1, max(1, round(count * held_back_share)))
-    order = np.random.RandomState(seed).permutation(count)  # its stream is frozen (NEP 19), default_rng's is not
-    return image_set.subset(np.sort(order[held_back:])), image_set.subset(np.sort(order[:held_back]))

@@ -108,7 +108,7 @@ def test_a_damaged_state_file_is_named(tmp_path: Path) -> None:
     images, labels = toy_set()
     state_file = tmp_path / "state.pt"
     state_file.write_bytes(b"no zip archive")
-    with pytest.raises(DataError, match="state.pt cannot be loaded"):
+    with pytest.raises(DataError, match=r"state\.pt cannot be loaded"):
         train(toy_net(), PREPROCESS, images, labels, recipe=RECIPE, state_file=state_file)
 
 

@@ -136,7 +136,7 @@ def _first_line(error: Exception) -> str:
 def _saturates() -> bool:
     """Whether U8 × S8 products would be added in 16 bits, with saturation: x86 without VNNI.
 
-    Exact kernels are slower (2.5 times, measured on EfficientNet-Lite0), so they are taken only where needed.
+    Exact kernels take more than twice as long (measured on EfficientNet-Lite0), so they are taken only where needed.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False

@@ -55,10 +55,6 @@ class ConsoleObserver(Observer):
         self._remove_bar()
         self._console.print(stage_line(run, _note(run)), markup=False)
 
-    def noted(self, text: str) -> None:
-        """One line."""
-        self._console.print(text, markup=False)
-
     def _remove_bar(self) -> None:
         if self._bar is not None:
             self._bar.remove()

@@ -202,7 +202,8 @@ class Pipeline:
             "images": images.identity,
             "preprocessing": json.dumps(graph.preprocess.to_json()),
             "calibration code": source_hash(
-                "calibration/collect.py", "calibration/ranges.py", "calibration/stream.py", "runtime/preprocess.py"
+                *(f"calibration/{file}.py" for file in ("collect", "observers", "ranges", "stream")),
+                "runtime/preprocess.py",
             ),
             "libraries": library_versions("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow"),
         }

@@ -61,9 +61,6 @@ class Observer:
     def finished(self, run: StageRun) -> None:
         """A stage was made or reused."""
 
-    def noted(self, text: str) -> None:
-        """Something that a person should know."""
-
 
 class Workspace:
     """The build folder of one model. Use `locked()` around whatever writes to it."""

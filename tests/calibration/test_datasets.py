@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from edgewright.calibration.datasets import check_disjoint, image_folder, split_calibration
+from edgewright.calibration.datasets import check_disjoint, image_folder
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
 from edgewright.runtime.errors import DataError
@@ -339,37 +339,6 @@ def test_many_shared_images_are_counted_and_the_first_named() -> None:
     images = noise_set(30)
     with pytest.raises(DataError, match=r"10 of 12 .*: noise image 5, noise image 6, noise image 7 and 7 more"):
         check_disjoint(images.subset(range(15)), images.subset([*range(5, 15), 20, 21]), allow_overlap=False)
-
-
-@pytest.mark.parametrize(("count", "held_back"), [(8, 2), (1024, 256), (2, 1), (3, 1), (10, 2)])
-def test_a_split_is_a_partition(count: int, held_back: int) -> None:
-    images = noise_set(count)
-    fit, check = split_calibration(images)
-    assert (len(fit), len(check)) == (count - held_back, held_back)
-    assert sorted([*fit.positions, *check.positions]) == list(range(count))
-    assert (np.diff(fit.positions) > 0).all(), "the order changed"
-    assert fit.labels is not None
-    np.testing.assert_array_equal(fit.labels, fit.positions % 10)
-
-
-def test_a_split_is_seeded() -> None:
-    images = noise_set(100)
-    first, again, other = (split_calibration(images, seed=seed)[1].positions.tolist() for seed in (0, 0, 1))
-    assert first == again
-    assert first != other
-    assert first[:5] == [2, 3, 7, 8, 13], "the stream of the seed changed, and with it every reported result"
-
-
-@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan")])
-def test_a_share_outside_zero_to_one_is_refused(share: float) -> None:
-    with pytest.raises(DataError, match="share"):
-        split_calibration(noise_set(8), share)
-
-
-@pytest.mark.parametrize("count", [0, 1])
-def test_too_few_images_to_split_are_refused(count: int) -> None:
-    with pytest.raises(DataError, match="at least 2"):
-        split_calibration(noise_set(count))
 
 
 # The stream
