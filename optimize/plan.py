@@ -12,7 +12,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-__all__ = ["COMPUTE_OPERATORS", "Decision", "QuantPlan", "plan_for_cpu"]
+__all__ = ["COMPUTE_OPERATORS", "Decision", "QuantPlan", "clamped_output", "constant_weight", "plan_for_cpu"]
 
 COMPUTE_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 CLAMPS = ("Relu", "Clip")  # the requantization behind an integer kernel clamps for free
@@ -70,7 +70,7 @@ def plan_for_cpu(model: ir.Model) -> QuantPlan:
         decisions.append(Decision(str(node.name), node.op_type, precision, reason))
         if precision == "int8":
             sources = _activation_inputs(node)
-            result = _clamped(node)
+            result = clamped_output(node)
             activations |= dict.fromkeys(str(value.name) for value in sources)
             if not (node.op_type in ("Gemm", "MatMul") and result in outputs):
                 activations[str(result.name)] = None
@@ -112,7 +112,7 @@ def _activation_inputs(node: ir.Node) -> tuple[ir.Value, ...]:
     return tuple(value for value in values if value is not None and value.const_value is None)
 
 
-def _clamped(node: ir.Node) -> ir.Value:
+def clamped_output(node: ir.Node) -> ir.Value:
     """The node's output, or that of the ReLU or ReLU6 that alone reads it."""
     output = node.outputs[0]
     readers = output.consumers()

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgewright.calibration.ranges import Range
-from edgewright.optimize.plan import COMPUTE_OPERATORS, QuantPlan, constant_weight
+from edgewright.optimize.plan import COMPUTE_OPERATORS, QuantPlan, clamped_output, constant_weight
 from edgewright.runtime.errors import QuantizationError
 
 __all__ = ["QParams", "asymmetric_u8", "quantize", "quantize_for_cpu", "symmetric_i8"]
@@ -91,7 +91,7 @@ def quantize_for_cpu(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, Rang
     for node in tuple(graph):
         if node.name in integer_nodes and node.op_type in COMPUTE_OPERATORS:
             _quantize_weight(graph, node, params)
-            if node.op_type == "Gemm" and str(node.outputs[0].name) not in params:
+            if node.op_type == "Gemm" and str(clamped_output(node).name) not in params:
                 _add_bias_apart(graph, node)
     values = {value.name: value for value in graph.inputs}
     values |= {value.name: value for node in graph for value in node.outputs}
