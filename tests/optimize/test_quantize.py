@@ -512,6 +512,18 @@ def test_last_gemm_gives_its_bias_to_an_addition() -> None:
     assert [value.name for value in producer.inputs if value is not None and value.const_value is not None] == ["c"]
 
 
+def test_a_hidden_gemm_keeps_its_bias_in_the_kernel() -> None:
+    """Behind its ReLU everything is quantized, so the integer kernel takes the bias and no Add is needed."""
+    model = graph("[a] h = Gemm (x, w, b) [r] g = Relu (h) [head] y = Gemm (g, v, c)",
+                  "float[N, 6] x", "float[N, 6] y", w=(6, 6), b=(6,), v=(6, 6), c=(6,))  # fmt: skip
+    x = normal("x", 16, 6)
+    result = quantized(model, x)
+    inputs = {node.name: len(node.inputs) for node in result.graph if node.op_type == "Gemm"}
+    assert inputs == {"a": 3, "head": 2}
+    (expected,), (found,) = run(model, x), run(result, x, optimized=True)
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
 # --- The floor under the weights' scales --------------------------------------------------------------------------
 
 
