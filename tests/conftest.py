@@ -14,7 +14,8 @@ import pytest
 from command import Command, Completed
 from edgewright import cli, pipeline
 from edgewright.export.models import MODELS, resolve
-from edgewright.pipeline import Options, Outcome, Pipeline
+from edgewright.outcome import Outcome
+from edgewright.pipeline import Options, Pipeline
 from edgewright.workspace import source_hash
 from tiny_network import PREPROCESS, TINY_MODELS, write_images
 

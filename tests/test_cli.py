@@ -19,7 +19,7 @@ import pytest
 from command import DRIVER, Command, Completed, run_process
 from contract import ENGINE_DOCUMENT, ERROR_DOCUMENT, STAGE, differences
 from edgewright import console
-from edgewright.pipeline import Outcome
+from edgewright.outcome import Outcome
 from edgewright.runtime.errors import WorkspaceError
 from edgewright.workspace import Workspace
 
@@ -94,7 +94,7 @@ def test_the_verdict_is_the_exit_code(tiny: Tiny, budget: float, verdict: str, c
 def test_a_failed_verdict(tiny: Tiny, images: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgewright import pipeline
 
-    monkeypatch.setattr(pipeline, "_conclusion", lambda rows: ("fail", None))
+    monkeypatch.setattr(pipeline, "conclusion", lambda rows: ("fail", None))
     done = tiny("engine")
     assert done.code == 3
     assert done.out.splitlines()[-1].startswith("FAIL: ")

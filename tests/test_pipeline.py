@@ -19,7 +19,8 @@ from command import run_process
 from edgewright import pipeline as module
 from edgewright.calibration.image_set import ImageSet
 from edgewright.export.models import MODELS, ModelEntry, resolve
-from edgewright.pipeline import EngineRow, Options, Outcome, Pipeline
+from edgewright.outcome import EngineRow, Outcome, conclusion
+from edgewright.pipeline import Options, Pipeline
 from edgewright.runtime.backends import BACKENDS, Absence, BuildRequest, Built, Runner
 from edgewright.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from edgewright.runtime.errors import BuildError, DataError, EngineError, ModelError, ParityError, QuantizationError
@@ -488,7 +489,7 @@ def test_the_fastest_row_that_passes_is_recommended(
     rows: list[tuple[str, float | None]], verdict: str, recommended: int | None
 ) -> None:
     made_rows = [engine_row(*row, backend=str(index)) for index, row in enumerate(rows)]
-    found, best = module._conclusion(made_rows)
+    found, best = conclusion(made_rows)
     assert found == verdict
     assert best == (None if recommended is None else made_rows[recommended])
 

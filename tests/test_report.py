@@ -12,7 +12,7 @@ import pytest
 
 from contract import ENGINE_DOCUMENT, differences
 from edgewright.console import print_outcome
-from edgewright.pipeline import EngineRow, Outcome, Reference
+from edgewright.outcome import EngineRow, Outcome, Reference
 from edgewright.report import EXIT_CODES, engine_document, remarks, stage_line, verdict_line
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.parity import STATUS_OF_VERDICT, compare, judge

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from edgewright.pipeline import Outcome
+from edgewright.outcome import Outcome
 from edgewright.report import engine_table, remarks, stage_line, verdict_line
 from edgewright.workspace import Observer, StageRun
 

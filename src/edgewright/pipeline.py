@@ -12,7 +12,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +24,17 @@ from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fash
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
 from edgewright.export.models import ModelSource, resolve
+from edgewright.outcome import EngineRow, Outcome, Reference, conclusion
 from edgewright.runtime.backends import BACKENDS, Backend, BuildRequest
 from edgewright.runtime.errors import BuildError, DataError, EngineError, ModelError, QuantizationError
 from edgewright.runtime.files import read_json, sha256_of, sha256_of_file, write_bytes, write_json
 from edgewright.runtime.latency import Latency, measure_interleaved
-from edgewright.runtime.parity import DEFAULT_BUDGET, STATUS_OF_VERDICT, Parity, Verdict, compare, judge
+from edgewright.runtime.parity import DEFAULT_BUDGET, STATUS_OF_VERDICT, compare, judge
 from edgewright.runtime.session import ENGINES_FOLDER, REPORT_FILE
 from edgewright.runtime.specs import EngineInfo, OnnxArtifact, TensorSpec
 from edgewright.workspace import Observer, StageRun, Workspace, library_versions, source_hash
 
-__all__ = ["EngineRow", "Options", "Outcome", "Pipeline", "Reference"]
+__all__ = ["Options", "Pipeline"]
 
 EVALUATION_BATCH = 32
 LATENCY_BATCH = 1
@@ -64,47 +65,6 @@ class Options:
     method: str = "mse"
     budget: float = DEFAULT_BUDGET
     threads: int = 0
-
-
-@dataclass(frozen=True)
-class EngineRow:
-    """One engine of the table; the words of `status` are those of the contract."""
-
-    backend: str
-    precision: str
-    target: str | None
-    status: str
-    reason_code: str
-    reason: str
-    path: str | None = None
-    info: EngineInfo | None = None
-    parity: Parity | None = None
-    verdict: Verdict | None = None
-    latency: Latency | None = None
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The PyTorch model on the evaluation images; top1 and top5 are fractions, None without labels."""
-
-    top1: float | None
-    top5: float | None
-    images: int
-    labelled: bool
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Everything that `edgewright engine` says. verdict: "pass", "fail" or "inconclusive", of the best row."""
-
-    model: str
-    weights: str
-    verdict: str
-    recommended: EngineRow | None
-    stages: tuple[StageRun, ...]
-    reference: Reference
-    rows: tuple[EngineRow, ...]
-    notes: tuple[str, ...] = field(default=())
 
 
 class Pipeline:
@@ -287,7 +247,7 @@ class Pipeline:
         latencies = self._latencies([row for row in judged if row.parity is not None])
         rows = tuple(replace(row, latency=latencies.get(str(row.path))) for row in judged)
         own = compare(expected, expected, images.labels)
-        verdict, recommended = _conclusion(rows)
+        verdict, recommended = conclusion(rows)
         notes = (f"the weights are {self.source.weights}",) if self.options.weights == "random" else ()
         return Outcome(
             model=self.options.model,
@@ -512,16 +472,3 @@ def machine() -> str:
     except OSError:
         pass  # not Linux: the platform's name has to do
     return f"{model}, {os.cpu_count()} cores"
-
-
-def _conclusion(rows: Sequence[EngineRow]) -> tuple[str, EngineRow | None]:
-    """The verdict of the best row, and the fastest row that passes."""
-
-    def speed(row: EngineRow) -> float:
-        return row.latency.p50 if row.latency is not None else float("inf")
-
-    for status, verdict in (("verified", "pass"), ("undecided", "inconclusive")):
-        fitting = [row for row in rows if row.status == status]
-        if fitting:
-            return verdict, min(fitting, key=speed) if verdict == "pass" else None
-    return "fail", None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgewright.pipeline import EngineRow, Outcome
+from edgewright.outcome import EngineRow, Outcome
 from edgewright.workspace import FIRST_TIME, StageRun
 
 if TYPE_CHECKING:
