@@ -6,6 +6,7 @@ onnxruntime's own quantizer does the same work in the same run, and NNCF and Mod
 from __future__ import annotations
 
 import csv
+import importlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -60,34 +61,42 @@ def _batches(images: Batch) -> Iterator[Batch]:
 
 
 def _peers(graph: bytes, images: Batch, own_seconds: float) -> Iterator[Figure]:
-    for name, quantizer in (("onnxruntime", quantize_with_onnxruntime), ("NNCF", _by_nncf), ("ModelOpt", _by_modelopt)):
+    for name, module, quantizer in PEERS:
+        try:
+            importlib.import_module(module)  # loading a library is not part of the work
+        except ImportError:
+            print(f"  {name} is not installed: not compared")
+            continue
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder) / "folded.onnx"
             source.write_bytes(graph)
             began = time.perf_counter()
-            try:
-                quantizer(source, Path(folder) / "int8.onnx", images)
-            except ImportError:
-                print(f"  {name} is not installed: not compared")
-                continue
+            quantizer(source, Path(folder) / "int8.onnx", images)
             seconds = time.perf_counter() - began
-        yield Figure(
-            f"{name}'s quantizer, the same work", seconds, "s", note=f"ours takes {own_seconds / seconds:.2f} of it"
-        )
+        note = f"ours takes {own_seconds / seconds:.2f} of it"
+        yield Figure(f"{name}'s quantizer, the same work", seconds, "s", note=note)
 
 
 def _by_nncf(source: Path, target: Path, images: Batch) -> None:
     import nncf
-    import onnx
+    import openvino
 
-    dataset = nncf.Dataset(images, lambda image: {"images": image[None]})
-    onnx.save(nncf.quantize(onnx.load(source), dataset, subset_size=len(images)), target)
+    dataset = nncf.Dataset(images, lambda image: image[None])
+    quantized = nncf.quantize(openvino.convert_model(source), dataset, subset_size=len(images))
+    openvino.save_model(quantized, target.with_suffix(".xml"))
 
 
 def _by_modelopt(source: Path, target: Path, images: Batch) -> None:
     from modelopt.onnx.quantization import quantize
 
     quantize(str(source), calibration_data={"images": images}, output_path=str(target), calibration_method="entropy")
+
+
+PEERS: tuple[tuple[str, str, Callable[[Path, Path, Batch], None]], ...] = (
+    ("onnxruntime", "onnxruntime.quantization", quantize_with_onnxruntime),
+    ("NNCF (OpenVINO)", "nncf", _by_nncf),
+    ("ModelOpt", "modelopt.onnx.quantization", _by_modelopt),
+)
 
 
 def _latency(graph: bytes, quantized: bytes, image: Batch) -> Iterator[Figure]:

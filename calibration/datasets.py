@@ -29,7 +29,8 @@ def image_folder(path: Path, labels: Sequence[str] = ()) -> ImageSet:
 
     * with `labels.csv` (columns file and index, others are ignored): its rows, in their order
     * with class folders: sorted by relative path; the class is the label that the folder is named after, or the index
-      that its name is, or else its place in sorted order if there are as many folders as `labels` (or no `labels`)
+      that its name is, or else its place in sorted order if no name is a label and there are as many folders as
+      `labels` (or no `labels`)
     * with nothing but images: sorted by name, unlabelled
 
     Hidden files and files of other kinds are ignored. `labels` are the model's class names, in order.
@@ -92,9 +93,10 @@ def _class_indices(root: Path, folders: list[str], labels: Sequence[str]) -> dic
         if len(set(indices.values())) < len(folders):
             raise DataError(f"two folders of {root} stand for the same class: {', '.join(folders)}", "merge them")
         return indices
-    if not labels or len(folders) == len(labels):
-        return {folder: index for index, folder in enumerate(folders)}
     unknown = [folder for folder in folders if folder not in labels]
+    # Some names that are labels show that the others are misspelled ones: sorted order would give wrong classes.
+    if not labels or (len(folders) == len(labels) == len(unknown)):
+        return {folder: index for index, folder in enumerate(folders)}
     nearest = difflib.get_close_matches(unknown[0], labels, n=NAMED_IN_ERRORS)
     raise DataError(
         f"the classes of {root} cannot be told: it has {len(folders)} folders, the model {len(labels)} classes, and "

@@ -156,6 +156,8 @@ def open_image(image: ImageLike) -> Image.Image:
             raise DataError(f"{name} is not an image that Pillow can read", "remove it or convert it") from None
         except Image.DecompressionBombError as error:
             raise DataError(f"{name}: {error}", "scale the image down first") from None
+        except FileNotFoundError:
+            raise DataError(f"{name} does not exist", "check the path") from None
         except (OSError, SyntaxError, ValueError, EOFError) as error:
             raise DataError(f"cannot decode {name}: {error}", "replace the file or remove it") from None
     if picture.mode in DEEP_MODES:

@@ -94,10 +94,12 @@ class Session:
         """The `top` most probable classes of each image, best first; fewer if there are fewer classes.
 
         `images` are paths, PIL images or uint8 arrays `[H, W, C]`. Raises `DataError` naming an unreadable image, or
-        if `top` is below 1.
+        if `top` is below 1 or `images` is a single path.
         """
         if top < 1:
             raise DataError(f"top is {top}, expected at least 1")
+        if isinstance(images, str | Path):
+            raise DataError(f"images is the single path {images}, expected several", "put it into a list")
         results: list[list[Prediction]] = []
         for start in range(0, len(images), CLASSIFY_BATCH):
             batch = self.info.preprocess.batch(images[start : start + CLASSIFY_BATCH])

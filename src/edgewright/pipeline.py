@@ -422,6 +422,7 @@ class Pipeline:
             "machine": machine(),
             "threads": str(self.options.threads if threads is None else threads),
             "evaluation code": source_hash("calibration/stream.py", "runtime/preprocess.py"),
+            "image libraries": library_versions("numpy", "pillow"),
         }
         self._stage(stage, identified, (file,), make)
         logits: NDArray[np.float32] = np.load(self.workspace.path(file), allow_pickle=False)

@@ -170,6 +170,7 @@ def test_an_empty_class_folder_still_counts_as_a_class(tmp_path: Path) -> None:
     ("folders", "labels", "message"),
     [
         (["cat", "dgo"], ["cat", "dog", "ant"], "'dgo'; near labels are 'dog'"),
+        (["boot", "shirt", "tee"], ["tee/top", "shirt", "boot"], "no labels of the model, such as 'tee'"),
         (["cat", "dog"], ["x"], "2 folders, the model 1 classes"),
         (["0", "3"], ["x", "y", "z"], "class index 3, but the model has 3 classes"),
         (["1", "01"], [], "same class"),

@@ -308,7 +308,7 @@ def test_refuses_files_that_are_no_whole_image(tmp_path: Path, content: bytes) -
 
 
 def test_refuses_a_missing_path_and_a_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"absent\.png"):
+    with pytest.raises(DataError, match=r"absent\.png does not exist; check the path"):
         IMAGENET(tmp_path / "absent.png")
     with pytest.raises(DataError, match=tmp_path.name):
         IMAGENET(tmp_path)

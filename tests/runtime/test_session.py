@@ -453,6 +453,11 @@ def test_top_must_be_positive(build: Path) -> None:
         session.classify([np.zeros((8, 8, 3), np.uint8)], top=0)
 
 
+def test_a_single_path_is_no_list_of_images(build: Path) -> None:
+    with Session.open(build) as session, pytest.raises(DataError, match=r"single path shoe\.png.* list"):
+        session.classify("shoe.png")
+
+
 def test_labels_must_fit_the_classes(build: Path) -> None:
     for path in (build / ENGINES_FOLDER).glob("*.json"):
         content = json.loads(path.read_text())
