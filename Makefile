@@ -63,6 +63,7 @@ define create
     echo "error: none of $(2) is a Python 3.$(3) to 3.$(4) with venv; name one with PYTHON=" >&2; exit 1; \
   fi; \
   "$$found" -m venv --clear $(1); \
+  echo '*' > $(1)/.gitignore; \
 fi
 @touch $@
 endef

@@ -56,7 +56,7 @@ def quantize_ourselves(folded: ir.Model, images: Batch) -> bytes:
     """Calibrates and quantizes as the pipeline does, from decoded images `[N, C, H, W]`."""
     batches = (images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE))
     table = collect(folded, batches, identity={})
-    plan = plan_for_cpu(folded)
+    plan = plan_for_cpu(folded, table.histograms)
     ranges = table.ranges("mse", plan.activations, dict.fromkeys(plan.silu_inputs, silu))
     content: bytes = ir.to_proto(quantize_for_cpu(folded, plan, ranges)).SerializeToString()
     return content

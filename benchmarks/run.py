@@ -32,8 +32,9 @@ def main(names: list[str]) -> int:
             figures.append(figure)
             print(f"  {figure.name}: {figure.value:.4g} {figure.unit}", flush=True)
     Console(width=110).print(_table(figures))
-    RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(_document(figures), indent=1) + "\n")
+    if not names:  # a part of the figures does not replace them all
+        RESULT.parent.mkdir(exist_ok=True)
+        RESULT.write_text(json.dumps(_document(figures), indent=1) + "\n")
     return int(any(figure.holds is False for figure in figures))
 
 

@@ -14,7 +14,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["SAMPLES_PER_IMAGE", "Clamp", "Seen", "observer_outputs", "sampling_step", "with_observers"]
+__all__ = [
+    "SAMPLES_PER_IMAGE",
+    "Clamp",
+    "Seen",
+    "clamp_limits",
+    "observer_outputs",
+    "sampling_step",
+    "with_observers",
+]
 
 SAMPLES_PER_IMAGE = 1024
 """Values per tensor and image that enter the histogram; minima and maxima see every value."""
@@ -97,20 +105,26 @@ def _observe(graph: ir.Graph, value: ir.Value, constants: _Constants) -> None:
         graph.outputs.append(output)
 
 
-def _clamp_of(value: ir.Value) -> Clamp | None:
-    """How `value` follows from an activation by Relu or by Clip between constants; None if it does not."""
-    node = value.producer()
-    if node is None or node.op_type not in ("Relu", "Clip") or node.inputs[0] is None:
+def clamp_limits(node: ir.Node) -> tuple[float, float] | None:
+    """Lower and upper limit of a Relu or of a Clip between constants; None for any other node."""
+    if node.op_type == "Relu":
+        return 0.0, math.inf
+    if node.op_type != "Clip":
         return None
-    source = node.inputs[0]
-    if not _is_batched_activation(source):
+    low, high = _constant_limit(node, 1, -math.inf), _constant_limit(node, 2, math.inf)
+    return None if low is None or high is None else (low, high)
+
+
+def _clamp_of(value: ir.Value) -> Clamp | None:
+    """How `value` follows from an observed activation by a clamp; None if it does not."""
+    node = value.producer()
+    limits = clamp_limits(node) if node is not None else None
+    source = node.inputs[0] if node is not None and limits is not None else None
+    if limits is None or source is None or not _is_batched_activation(source):
         return None
     if _clamp_of(source) is not None:
         return None  # a clamp of a clamp is rare enough to be observed
-    if node.op_type == "Relu":
-        return Clamp(str(source.name), 0.0, math.inf)
-    low, high = _constant_limit(node, 1, -math.inf), _constant_limit(node, 2, math.inf)
-    return None if low is None or high is None else Clamp(str(source.name), low, high)
+    return Clamp(str(source.name), *limits)
 
 
 def _constant_limit(node: ir.Node, index: int, missing: float) -> float | None:
@@ -122,6 +136,7 @@ def _constant_limit(node: ir.Node, index: int, missing: float) -> float | None:
 
 
 def _is_batched_activation(value: ir.Value) -> bool:
+    """Whether `value` is a float tensor with a batch axis and a fixed size behind it, as observers need it."""
     shape = value.shape
     return (
         value.dtype == ir.DataType.FLOAT

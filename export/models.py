@@ -42,6 +42,7 @@ class ModelSource:
     * weights: what they are, in words; fingerprint: what identifies their content
     * labels: `() -> tuple[str, ...]`, one for each class
     * data: "fashion_mnist" if calibration and evaluation images ship with the project, else None
+    * note: what a person who reads the results should know, or empty
     """
 
     name: str
@@ -51,6 +52,7 @@ class ModelSource:
     preprocess: Preprocess
     labels: Callable[[], tuple[str, ...]]
     data: str | None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ def _random_source(name: str, entry: ModelEntry) -> ModelSource:
 
     summary = f"random (seed {RANDOM_SEED}): predictions mean nothing"
     fingerprint = f"random:{RANDOM_SEED}:torch-{metadata.version('torch')}"
-    return ModelSource(name, summary, fingerprint, build, default.preprocess, default.labels, default.data)
+    note = f"the weights are {summary}"
+    return ModelSource(name, summary, fingerprint, build, default.preprocess, default.labels, default.data, note)
 
 
 def _file_source(name: str, entry: ModelEntry, path: Path) -> ModelSource:
@@ -148,7 +151,11 @@ def _file_source(name: str, entry: ModelEntry, path: Path) -> ModelSource:
         return model.eval()
 
     data = like.data if like and labels == like.labels() else None
-    return ModelSource(name, str(path), f"sha256:{sha256_of_file(path)}", build, preprocess, lambda: labels, data)
+    said = {"preprocessing": checkpoint.preprocess, "labels": checkpoint.labels}
+    silent = " and ".join(word for word, value in said.items() if value is None)
+    note = f"{path} does not state its {silent}: assumed are those of {name} with {classes} classes" if silent else ""
+    fingerprint = f"sha256:{sha256_of_file(path)}"
+    return ModelSource(name, str(path), fingerprint, build, preprocess, lambda: labels, data, note)
 
 
 def _b0(classes: int) -> nn.Module:

@@ -6,16 +6,17 @@ its weights and its output are quantized, so Q/DQ stands behind a convolution an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
+from edgewright.calibration.observers import clamp_limits
+
 __all__ = ["COMPUTE_OPERATORS", "Decision", "QuantPlan", "clamped_output", "constant_weight", "plan_for_cpu"]
 
 COMPUTE_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-CLAMPS = ("Relu", "Clip")  # the requantization behind an integer kernel clamps for free
 INTEGER_FOLLOWERS = ("MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Reshape", "Flatten", "Transpose")
 GATE_ENDS = ("Sigmoid", "HardSigmoid", "Clip")
 GATE_PARTS = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Sigmoid", "HardSigmoid", "Clip", "Reshape", "Flatten")
@@ -57,8 +58,11 @@ class QuantPlan:
         }
 
 
-def plan_for_cpu(model: ir.Model) -> QuantPlan:
-    """A plan for folded `model` (FP32, batch normalization gone), for onnxruntime on the CPU."""
+def plan_for_cpu(model: ir.Model, measured: Container[str] | None = None) -> QuantPlan:
+    """A plan for folded `model` (FP32, batch normalization gone), for onnxruntime on the CPU.
+
+    `measured` names the activations that the calibration could measure, None for all; what needs another stays float.
+    """
     gates = dict(_gate_nodes(model.graph))
     decisions: list[Decision] = []
     activations: dict[str, None] = {}  # keeps the order of the graph
@@ -67,15 +71,26 @@ def plan_for_cpu(model: ir.Model) -> QuantPlan:
         precision, reason = _decide(node, gates, activations)
         if precision is None:
             continue
+        tensors = _quantized_tensors(node, outputs) if precision == "int8" else ()
+        names = [str(value.name) for value in tensors]
+        unmeasured = [name for name in names if measured is not None and name not in measured]
+        if unmeasured:
+            precision, reason = (
+                "fp32",
+                f"{unmeasured[0]} was not measured: it has no batch axis in front of a fixed size",
+            )
+        else:
+            activations |= dict.fromkeys(names)
         decisions.append(Decision(str(node.name), node.op_type, precision, reason))
-        if precision == "int8":
-            sources = _activation_inputs(node)
-            result = clamped_output(node)
-            activations |= dict.fromkeys(str(value.name) for value in sources)
-            if not (node.op_type in ("Gemm", "MatMul") and result in outputs):
-                activations[str(result.name)] = None
     silu_inputs = (str(node.inputs[0].name) for node in model.graph if _is_silu(node) and node.inputs[0] is not None)
     return QuantPlan(tuple(decisions), tuple(activations), tuple(name for name in silu_inputs if name in activations))
+
+
+def _quantized_tensors(node: ir.Node, outputs: set[ir.Value]) -> tuple[ir.Value, ...]:
+    """The tensors that go through Q/DQ for an integer `node`; logits of a matrix product stay float."""
+    result = clamped_output(node)
+    stays_float = node.op_type in ("Gemm", "MatMul") and result in outputs
+    return _activation_inputs(node) if stays_float else (*_activation_inputs(node), result)
 
 
 def _decide(node: ir.Node, gates: Mapping[ir.Node, str], activations: Mapping[str, None]) -> tuple[str | None, str]:
@@ -113,12 +128,16 @@ def _activation_inputs(node: ir.Node) -> tuple[ir.Value, ...]:
 
 
 def clamped_output(node: ir.Node) -> ir.Value:
-    """The node's output, or that of the ReLU or ReLU6 that alone reads it."""
+    """The node's output, or that of the ReLU or ReLU6 that alone reads it.
+
+    A range that starts at 0 clamps for free when an integer kernel requantizes; other limits are kernels of their own.
+    """
     output = node.outputs[0]
     readers = output.consumers()
-    if len(readers) == 1 and readers[0].op_type in CLAMPS and not output.is_graph_output():
-        return readers[0].outputs[0]
-    return output
+    if len(readers) != 1 or output.is_graph_output():
+        return output
+    limits = clamp_limits(readers[0])
+    return readers[0].outputs[0] if limits is not None and limits[0] == 0.0 else output
 
 
 def _is_silu(node: ir.Node) -> bool:
@@ -140,6 +159,9 @@ def _gate_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
             if end is None or end.op_type not in GATE_ENDS:
                 continue
             branch = _branch_from_pooling(end)
+            others = [value.producer() for value in product.inputs if value is not None and value is not gate]
+            if any(other in branch for other in others if other is not None):
+                continue  # x · sigmoid(x) behind a pooling: a SiLU in the classifier's head
             if any(part.op_type in COMPUTE_OPERATORS for part in branch):
                 reason = (
                     f"squeeze-and-excitation gate of {product.name}: a tiny share of the work scales whole channels"

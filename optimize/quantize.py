@@ -25,6 +25,7 @@ __all__ = ["QParams", "asymmetric_u8", "quantize", "quantize_for_cpu", "symmetri
 
 BIAS_LIMIT = 2**30
 """Half of an int32: rounding of the bias in float32 and the products that are added to it fit into the other half."""
+VALUE_KEEPING = ("MaxPool", "Reshape", "Flatten", "Transpose")
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 
 
@@ -88,6 +89,9 @@ def quantize_for_cpu(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, Rang
     graph = quantized.graph
     integer_nodes = {decision.node for decision in plan.nodes_in("int8")}
     params = {name: asymmetric_u8(_range_of(name, ranges)) for name in plan.activations}
+    for node in graph:
+        if node.name in integer_nodes and node.op_type in VALUE_KEEPING:
+            _share_params(node, params)
     for node in tuple(graph):
         if node.name in integer_nodes and node.op_type in COMPUTE_OPERATORS:
             _quantize_weight(graph, node, params)
@@ -99,6 +103,16 @@ def quantize_for_cpu(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, Rang
         _insert_activation_pair(graph, values[name], params[name])
     graph.sort()
     return quantized
+
+
+def _share_params(node: ir.Node, params: dict[str, QParams]) -> None:
+    """Gives the output of a node that only selects or moves values the parameters of its input.
+
+    Nothing is rounded twice, and onnxruntime runs such a node on integers only where both sides are equal.
+    """
+    source, result = node.inputs[0], node.outputs[0]
+    if source is not None and str(source.name) in params and str(result.name) in params:
+        params[str(result.name)] = params[str(source.name)]
 
 
 def _range_of(name: str, ranges: Mapping[str, Range]) -> Range:

@@ -60,6 +60,11 @@ class Session:
         path = Path(path)
         if path.is_dir():
             described, why = _pick(path, backend, precision)
+        elif path.is_file() and not path.with_suffix(".json").is_file():
+            raise EngineError(
+                f"{path} is not an engine: no {path.stem}.json describes it",
+                f"engines are in build/MODEL/{ENGINES_FOLDER}",
+            )
         elif path.is_file():
             described, why = path.with_suffix(".json"), f"{path.name} was named"
         else:
@@ -146,7 +151,9 @@ def _pick(folder: Path, backend: str | None, precision: str | None) -> tuple[Pat
         raise EngineError(f"{folder} has no {wanted} engine", "run edgewright engine MODEL to build it")
     if len(fitting) > 1:
         found = ", ".join(f"{info.backend} {info.precision}" for _, info in fitting)
-        raise EngineError(f"{folder} has several engines ({found}) and none is {wanted}", "name backend and precision")
+        raise EngineError(
+            f"{folder} has several engines ({found}) and none is {wanted}", "name one, such as --precision fp32"
+        )
     ((path, info),) = fitting
     return path, f"{info.backend} {info.precision} is the only engine that was asked for"
 

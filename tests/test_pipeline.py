@@ -22,8 +22,16 @@ from edgewright.export.models import MODELS, ModelEntry, resolve
 from edgewright.outcome import EngineRow, Outcome, conclusion
 from edgewright.pipeline import Options, Pipeline
 from edgewright.runtime.backends import BACKENDS, Absence, BuildRequest, Built, Runner
-from edgewright.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
-from edgewright.runtime.errors import BuildError, DataError, EngineError, ModelError, ParityError, QuantizationError
+from edgewright.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend, OnnxRuntimeRunner
+from edgewright.runtime.errors import (
+    BuildError,
+    CalibrationError,
+    DataError,
+    EngineError,
+    ModelError,
+    ParityError,
+    QuantizationError,
+)
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.session import REPORT_FILE, Session
 from edgewright.workspace import FIRST_TIME, library_versions
@@ -449,6 +457,39 @@ def test_a_graph_that_cannot_be_quantized_leaves_the_float_engine(
     row = row_of(found, *INT8.split())
     assert (row.status, row.reason_code) == ("failed", "quantization_failed")
     assert found.recommended == row_of(found, *FP32.split())
+
+
+def test_an_int8_engine_of_an_earlier_graph_does_not_outlive_a_failed_row(
+    prove: Prove, monkeypatch: pytest.MonkeyPatch, build_dir: Path
+) -> None:
+    engines = build_dir / "tiny" / "engines"
+    prove()
+    assert (engines / "onnxruntime-int8.onnx").exists()
+
+    def refuse(self: Pipeline, dialect: str) -> None:
+        raise CalibrationError("conv_3 was not measured", "calibrate again")
+
+    monkeypatch.setattr(Pipeline, "_quantize", refuse)
+    assert row_of(prove(), *INT8.split()).reason_code == "quantization_failed"
+    assert sorted(path.name for path in engines.iterdir()) == ["onnxruntime-fp32.json", "onnxruntime-fp32.onnx"]
+
+
+def test_every_engine_that_was_opened_is_closed(prove: Prove, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    opened, closed = OnnxRuntimeBackend.open, OnnxRuntimeRunner.close_impl
+
+    def open_noted(self: OnnxRuntimeBackend, engine: bytes, *, threads: int = 0) -> Runner:
+        events.append("open")
+        return opened(self, engine, threads=threads)
+
+    def close_noted(self: OnnxRuntimeRunner) -> None:
+        events.append("close")
+        closed(self)
+
+    monkeypatch.setattr(OnnxRuntimeBackend, "open", open_noted)
+    monkeypatch.setattr(OnnxRuntimeRunner, "close_impl", close_noted)
+    prove(threads=1)
+    assert events.count("open") == events.count("close") == 4, "two engines, each judged and timed"
 
 
 def test_a_fold_that_fails_ends_the_run(prove: Prove, monkeypatch: pytest.MonkeyPatch, build_dir: Path) -> None:

@@ -104,6 +104,28 @@ def test_another_recipe_starts_again(tmp_path: Path) -> None:
     assert any("epoch 1" in text for text in seen)
 
 
+@pytest.mark.parametrize("changed", ["images", "labels", "initial weights"])
+def test_another_training_starts_again(tmp_path: Path, changed: str) -> None:
+    images, labels = toy_set()
+    state_file = tmp_path / "state.pt"
+    train(toy_net(), PREPROCESS, images, labels, recipe=RECIPE, state_file=state_file)
+    net = toy_net()
+    if changed == "initial weights":
+        with torch.no_grad():
+            next(net.parameters()).add_(1.0)
+    seen: list[str] = []
+    train(
+        net,
+        PREPROCESS,
+        255 - images if changed == "images" else images,
+        1 - labels if changed == "labels" else labels,
+        recipe=RECIPE,
+        state_file=state_file,
+        progress=lambda done, total, text: seen.append(text),
+    )
+    assert any("epoch 1" in text for text in seen)
+
+
 def test_a_damaged_state_file_is_named(tmp_path: Path) -> None:
     images, labels = toy_set()
     state_file = tmp_path / "state.pt"

@@ -6,12 +6,14 @@ torch and onnx are imported only where a stage is really made, so a run in which
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,14 @@ from edgewright.calibration.stream import batches
 from edgewright.export.models import ModelSource, resolve
 from edgewright.outcome import EngineRow, Outcome, Reference, conclusion
 from edgewright.runtime.backends import BACKENDS, Backend, BuildRequest
-from edgewright.runtime.errors import BuildError, DataError, EngineError, ModelError, QuantizationError
+from edgewright.runtime.errors import (
+    BuildError,
+    CalibrationError,
+    DataError,
+    EngineError,
+    ModelError,
+    QuantizationError,
+)
 from edgewright.runtime.files import read_json, sha256_of, sha256_of_file, write_bytes, write_json
 from edgewright.runtime.latency import Latency, measure_interleaved
 from edgewright.runtime.parity import DEFAULT_BUDGET, STATUS_OF_VERDICT, compare, judge
@@ -43,6 +52,10 @@ LATENCY_RUNS = 200
 CHECK_SEED = 21
 MODEL_FILE, FOLDED_FILE, CALIBRATION_FILE = "model.onnx", "folded.onnx", "calibration.json"
 GRAPH_LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +220,7 @@ class Pipeline:
 
             model = ir.load(self.workspace.path(graph.path))
             table = CalibrationTable.from_json(read_json(self.workspace.path(CALIBRATION_FILE)))
-            plan = plan_for_cpu(model)
+            plan = plan_for_cpu(model, table.histograms)
             ranges = table.ranges(self.options.method, plan.activations, dict.fromkeys(plan.silu_inputs, silu))
             proto = ir.to_proto(quantize_for_cpu(model, plan, ranges))
             onnx.checker.check_model(proto, full_check=True)
@@ -225,7 +238,9 @@ class Pipeline:
             "graph": graph.sha256,
             "calibration": calibration,
             "method": self.options.method,
-            "quantize code": source_hash("optimize/plan.py", "optimize/quantize.py", "calibration/ranges.py"),
+            "quantize code": source_hash(
+                "optimize/plan.py", "optimize/quantize.py", "calibration/observers.py", "calibration/ranges.py"
+            ),
             "libraries": library_versions(*GRAPH_LIBRARIES),
         }
         run = self._stage("quantize", parts, (file, plan_file), make)
@@ -240,7 +255,9 @@ class Pipeline:
 
     def prove(self) -> Outcome:
         """Runs every engine and the PyTorch model on the same evaluation images, and times the engines in turns."""
-        images = self._evaluation_images  # first, so that what is wrong with them is said before the slow stages
+        if self.options.calibration is None:
+            self._shipped(fashion_mnist_calibration, "calibration")
+        images = self._evaluation_images  # before the slow stages, so that what is wrong with the images is said early
         built = self.built
         expected = self._reference_logits(images)
         judged = [row if row.info is None else self._judged(row, expected, images) for row in built]
@@ -248,7 +265,7 @@ class Pipeline:
         rows = tuple(replace(row, latency=latencies.get(str(row.path))) for row in judged)
         own = compare(expected, expected, images.labels)
         verdict, recommended = conclusion(rows)
-        notes = (f"the weights are {self.source.weights}",) if self.options.weights == "random" else ()
+        notes = (self.source.note,) if self.source.note else ()
         return Outcome(
             model=self.options.model,
             weights=self.source.weights,
@@ -299,14 +316,15 @@ class Pipeline:
         if absence is not None:
             reason = f"{absence.reason}; {absence.hint}"
             return EngineRow(backend.name, precision, None, "skipped", absence.reason_code, reason)
+        stem = f"{ENGINES_FOLDER}/{backend.name}-{precision}"
+        file, description = f"{stem}{backend.suffix}", f"{stem}.json"
         graph = self.folded
         try:
             if precision != "fp32":
                 graph = self.quantized(backend.dialect)
-        except QuantizationError as error:
+        except (CalibrationError, QuantizationError) as error:
+            self.workspace.forget(REPORT_FILE, file, description)  # an engine of an earlier graph
             return EngineRow(backend.name, precision, None, "failed", "quantization_failed", str(error))
-        stem = f"{ENGINES_FOLDER}/{backend.name}-{precision}"
-        file, description = f"{stem}{backend.suffix}", f"{stem}.json"
 
         def make() -> Mapping[str, Any]:
             self.workspace.forget(REPORT_FILE)  # it recommends an engine that this one replaces
@@ -345,7 +363,7 @@ class Pipeline:
         return EngineRow(backend.name, precision, None, "built_not_run", "not_evaluated", "", file, info)
 
     def _reference_logits(self, images: ImageSet) -> NDArray[np.float32]:
-        def run(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+        def infer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
             import torch
 
             with torch.inference_mode():
@@ -359,16 +377,18 @@ class Pipeline:
             "reference code": source_hash("export/zoo", "export/weights.py", "export/models.py"),
             "libraries": library_versions("torch"),
         }
-        return self._logits("reference", parts, images, lambda: run, threads=0)
+        return self._logits("reference", parts, images, lambda: contextlib.nullcontext(infer), threads=0)
 
     def _judged(self, row: EngineRow, expected: NDArray[np.float32], images: ImageSet) -> EngineRow:
         assert row.info is not None
         backend, info = BACKENDS[row.backend], row.info
         name = info.inputs[0].name
 
-        def opened() -> Callable[[NDArray[np.float32]], NDArray[np.float32]]:
-            runner = backend.open(self.workspace.path(str(row.path)).read_bytes(), threads=self.options.threads)
-            return lambda batch: next(iter(runner.infer({name: batch}).values()))
+        @contextlib.contextmanager
+        def opened() -> Iterator[Infer]:
+            engine = self.workspace.path(str(row.path)).read_bytes()
+            with backend.open(engine, threads=self.options.threads) as runner:
+                yield lambda batch: next(iter(runner.infer({name: batch}).values()))
 
         parts = {
             "graph": info.onnx_sha256,
@@ -395,7 +415,7 @@ class Pipeline:
         stage: str,
         parts: Mapping[str, str],
         images: ImageSet,
-        opened: Callable[[], Callable[[NDArray[np.float32]], NDArray[np.float32]]],
+        opened: Callable[[], AbstractContextManager[Infer]],
         threads: int | None = None,
     ) -> NDArray[np.float32]:
         """Logits `[N, classes]` of what `opened` gives on all evaluation images, kept as an artefact."""
@@ -403,13 +423,13 @@ class Pipeline:
         preprocess = self.source.preprocess
 
         def make() -> Mapping[str, Any]:
-            run = opened()
             results: list[NDArray[np.float32]] = []
             done = 0
-            for batch in batches(images, preprocess, EVALUATION_BATCH):
-                results.append(run(batch))
-                done += len(batch)
-                self.observer.progressed(stage, done, len(images))
+            with opened() as infer:
+                for batch in batches(images, preprocess, EVALUATION_BATCH):
+                    results.append(infer(batch))
+                    done += len(batch)
+                    self.observer.progressed(stage, done, len(images))
             buffer = io.BytesIO()
             np.save(buffer, np.concatenate(results))
             write_bytes(self.workspace.path(file), buffer.getvalue())
@@ -438,19 +458,20 @@ class Pipeline:
             rng = np.random.default_rng(CHECK_SEED)
             image = rng.standard_normal((LATENCY_BATCH, *self.input_shape), np.float32)
             runs: dict[str, Callable[[], object]] = {}
-            for row in rows:
-                assert row.info is not None
-                engine = self.workspace.path(str(row.path)).read_bytes()
-                runner = BACKENDS[row.backend].open(engine, threads=threads)
-                runs[str(row.path)] = functools.partial(runner.infer, {row.info.inputs[0].name: image})
-            measured = measure_interleaved(
-                runs,
-                batch=LATENCY_BATCH,
-                threads=threads,
-                budget_seconds=LATENCY_SECONDS,
-                min_runs=10,
-                max_runs=LATENCY_RUNS,
-            )
+            with contextlib.ExitStack() as stack:
+                for row in rows:
+                    assert row.info is not None
+                    engine = self.workspace.path(str(row.path)).read_bytes()
+                    runner = stack.enter_context(BACKENDS[row.backend].open(engine, threads=threads))
+                    runs[str(row.path)] = functools.partial(runner.infer, {row.info.inputs[0].name: image})
+                measured = measure_interleaved(
+                    runs,
+                    batch=LATENCY_BATCH,
+                    threads=threads,
+                    budget_seconds=LATENCY_SECONDS,
+                    min_runs=10,
+                    max_runs=LATENCY_RUNS,
+                )
             return {path: latency.to_json() for path, latency in measured.items()}
 
         parts = {

@@ -32,8 +32,9 @@ from edgewright.export.models import MODELS, Weights, resolve
 from edgewright.export.weights import initialize_from_lite0, load_into, read_checkpoint, save_checkpoint
 from edgewright.export.zoo.mbconv import EfficientNet, StochasticDepth
 from edgewright.runtime.errors import DataError, ModelError
-from edgewright.runtime.files import write_bytes
+from edgewright.runtime.files import sha256_of, write_bytes
 from edgewright.runtime.preprocess import Preprocess
+from edgewright.workspace import source_hash
 
 __all__ = ["Phase", "Recipe", "train", "train_checkpoint"]
 
@@ -100,6 +101,8 @@ def train_checkpoint(
             model, weights.preprocess, images, labels, recipe=recipe, state_file=state_file, progress=progress
         )
     save_checkpoint(path, trained, weights.preprocess, weights.labels(), recipe=json.dumps(asdict(recipe)))
+    if state_file is not None:
+        state_file.unlink(missing_ok=True)
     load_into(trained, read_checkpoint(path).state, str(path))
     return top1(trained, weights.preprocess, fashion_mnist_test())
 
@@ -172,8 +175,9 @@ def batches(count: int, batch_size: int, generator: torch.Generator) -> Iterator
 class _Trainee:
     """The network with everything that changes while it learns; saved and loaded together."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, steps: int) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, steps: int, identity: str) -> None:
         self.recipe = recipe
+        self.identity = identity
         self.model = model.train().to(memory_format=torch.channels_last)
         average: Any = get_ema_multi_avg_fn  # untyped in torch
         self.averaged = AveragedModel(self.model, multi_avg_fn=average(recipe.ema_decay), use_buffers=True)
@@ -198,18 +202,18 @@ class _Trainee:
         """Writes the state, whole or not at all."""
         content = {name: part.state_dict() for name, part in self._parts().items()}
         buffer = io.BytesIO()
-        torch.save({**content, "recipe": repr(self.recipe), "epochs_done": epochs_done}, buffer)
+        torch.save({**content, "identity": self.identity, "epochs_done": epochs_done}, buffer)
         write_bytes(file, buffer.getvalue())
 
     def resume(self, file: Path) -> int:
-        """Loads a state of the same recipe and returns the epochs it has done; 0 if there is none."""
+        """Loads a state of the same training and returns the epochs it has done; 0 if there is none."""
         if not file.exists():
             return 0
         try:
             content = torch.load(file, weights_only=True)
         except Exception as error:  # torch.load raises whatever damaged bytes lead to
             raise DataError(f"{file} cannot be loaded ({type(error).__name__})", "remove it to start again") from error
-        if content["recipe"] != repr(self.recipe):
+        if not isinstance(content, dict) or content.get("identity") != self.identity:
             return 0
         for name, part in self._parts().items():
             part.load_state_dict(content[name])
@@ -236,7 +240,8 @@ def train(
 ) -> nn.Module:
     """Trains `model` on grey `images` `[N, H, W]` with integer `labels` `[N]`; returns the averaged model.
 
-    With `state_file`, the state is saved there after every epoch and a run with the same recipe goes on from it.
+    With `state_file`, the state is saved there after every epoch, and a run with the same recipe, images, initial
+    weights and code goes on from it.
     Raises `DataError` if there are fewer images than one batch or the loss stops being finite.
     """
     if len(images) < recipe.batch_size:
@@ -245,7 +250,7 @@ def train(
         )
     _set_stochastic_depth(model, recipe.stochastic_depth)
     steps = len(images) // recipe.batch_size
-    trainee = _Trainee(model, recipe, steps * recipe.epochs)
+    trainee = _Trainee(model, recipe, steps * recipe.epochs, _identity(model, recipe, preprocess, images, labels))
     done = trainee.resume(state_file) if state_file is not None else 0
     sizes = [phase.size for phase in recipe.phases for _ in range(phase.epochs)]
     pixels: dict[int, Tensor] = {}
@@ -261,6 +266,19 @@ def train(
             trainee.save(state_file, epoch + 1)
     result: nn.Module = trainee.averaged.module
     return result.eval()
+
+
+def _identity(
+    model: nn.Module,
+    recipe: Recipe,
+    preprocess: Preprocess,
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+) -> str:
+    """SHA-256 of everything that decides what a training gives."""
+    weights = (value.detach().numpy().tobytes() for value in model.state_dict().values())
+    code = source_hash("train.py", "export/zoo", "runtime/preprocess.py")
+    return sha256_of([repr((recipe, preprocess, code)).encode(), images.tobytes(), labels.tobytes(), *weights])
 
 
 def _train_epoch(

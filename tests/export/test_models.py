@@ -317,3 +317,17 @@ def test_nothing_heavy_is_imported_until_a_network_is_built(code: str) -> None:
     )
     found = subprocess.run([sys.executable, "-c", f"{code}\n{check}"], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_file_that_does_not_describe_itself_is_noted(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"mine{suffix}"
+    model = mobilenet_effnet_b0(10)
+    if suffix == ".pth":
+        torch.save(model.state_dict(), path)
+        assert resolve("mobilenet_effnet_b0", str(path)).note.startswith(
+            f"{path} does not state its preprocessing and labels: assumed are those of mobilenet_effnet_b0"
+        )
+    else:
+        save_checkpoint(path, model, FASHION_MNIST_PREPROCESS, FASHION_MNIST_LABELS)
+        assert resolve("mobilenet_effnet_b0", str(path)).note == ""

@@ -341,3 +341,31 @@ def test_plan_is_plain_json_and_immutable() -> None:
     assert plan.nodes_in("int8") + plan.nodes_in("fp32") != ()
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan.activations = ()  # type: ignore[misc]
+
+
+# --- What the reader of a report would be surprised by -----------------------------------------------------------
+
+
+def test_what_was_not_measured_stays_float_with_its_reason() -> None:
+    model = graph("[c] a = Conv (x, w) [d] y = Conv (a, v)", "float[N, C, H, L] y", w=W, v=V)
+    plan = plan_for_cpu(model, measured={"x", "a"})
+    assert precisions(plan) == {"c": "int8", "d": "fp32"}
+    assert reason(plan, "d") == "y was not measured: it has no batch axis in front of a fixed size"
+    assert plan.activations == ("x", "a")
+
+
+@pytest.mark.parametrize(("low", "absorbed"), [(0.0, True), (-0.5, False), (0.25, False)])
+def test_only_a_clamp_at_zero_is_absorbed(low: float, absorbed: bool) -> None:
+    lower, upper = np.array(low, np.float32), np.array(6.0, np.float32)
+    model = graph("[c] a = Conv (x, w) [r] y = Clip (a, l, u)", "float[N, C, H, L] y", w=W, l=lower, u=upper)
+    assert planned(model).activations == ("x", "y" if absorbed else "a")
+
+
+def test_silu_in_a_classifier_head_is_no_gate() -> None:
+    head = "[gap] p = GlobalAveragePool (m) [flat] f = Flatten (p) [hid] h = Gemm <transB = 1> (f, t)"
+    silu = "[sig] s = Sigmoid (h) [mul] k = Mul (h, s) [head] y = Gemm <transB = 1> (k, u)"
+    model = graph(f"[c] m = Conv (x, w) {head} {silu}", w=W, t=(4, 4), u=U)
+    assert {name: kind for name, kind in precisions(planned(model)).items() if name in ("hid", "head")} == {
+        "hid": "int8",
+        "head": "int8",
+    }

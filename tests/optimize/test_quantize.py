@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -522,6 +523,25 @@ def test_a_hidden_gemm_keeps_its_bias_in_the_kernel() -> None:
     assert inputs == {"a": 3, "head": 2}
     (expected,), (found,) = run(model, x), run(result, x, optimized=True)
     assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+
+
+# --- Nodes that only move values ---------------------------------------------------------------------------------
+
+
+def test_a_max_pooling_keeps_the_parameters_of_its_input_and_runs_on_integers(tmp_path: Path) -> None:
+    model = graph("[c] a = Conv (x, w) [p] m = MaxPool <kernel_shape = [2, 2]> (a) [d] y = Conv (m, v)",
+                  "float[N, 3, 8, 8] x", "float[N, 4, H, L] y", w=(4, 3, 1, 1), v=(4, 4, 1, 1))  # fmt: skip
+    x = normal("x", 4, 3, 8, 8)
+    result = quantized(model, x)
+    values = initializers(result)
+    assert values["m::scale"] == values["a::scale"]
+    assert values["m::zero_point"] == values["a::zero_point"]
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(serialized(result), options, providers=["CPUExecutionProvider"])
+    operators = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert operators.count("DequantizeLinear") == 1, "only the result is float again"
+    assert operators.count("QLinearConv") == 2
 
 
 # --- The floor under the weights' scales --------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def refused(path: Path, message: str, **wish: Any) -> None:
 
 def test_several_engines_without_a_recommendation_are_ambiguous(build: Path) -> None:
     put_report(build, None)
-    refused(build, r"several engines \(onnxruntime fp32, onnxruntime int8\).*name backend and precision")
+    refused(build, r"several engines \(onnxruntime fp32, onnxruntime int8\).*name one, such as --precision fp32")
     (build / REPORT_FILE).unlink()
     refused(build, r"several engines \(onnxruntime fp32, onnxruntime int8\)")
     refused(build, "several engines", backend="onnxruntime")
@@ -464,3 +464,10 @@ def test_labels_must_fit_the_classes(build: Path) -> None:
         write_json(path, content | {"labels": content["labels"][:-1]})
     with pytest.raises(EngineError, match="labels for"):
         Session.open(build)
+
+
+def test_a_graph_that_is_no_engine_says_where_engines_are(build: Path) -> None:
+    graph = build / "folded.onnx"
+    graph.write_bytes(b"a graph")
+    with pytest.raises(EngineError, match=r"folded\.onnx is not an engine: .* engines are in build/MODEL/engines"):
+        Session.open(graph)
