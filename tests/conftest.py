@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,14 @@ class Images:
     def options(self) -> tuple[str, ...]:
         """For the command line."""
         return ("--calibration", str(self.calibration), "--evaluation", str(self.evaluation))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as a terminal gives it: a shell's background job, as some CI systems start one, ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)
