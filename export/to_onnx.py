@@ -23,6 +23,7 @@ __all__ = ["INPUT_NAME", "OPSETS", "OUTPUT_NAME", "export_onnx"]
 OPSETS = range(18, 21)  # 19 brings FP16 scales for Q/DQ; the TensorRT 10.0 parser documents up to 20
 INPUT_NAME = "images"
 OUTPUT_NAME = "logits"
+BATCH_NAME = "batch"
 CHECKED_BATCHES = (1, 5)
 CHECK_SEED = 20
 TOLERANCE = 1e-4
@@ -58,7 +59,7 @@ def _exported(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -
                 opset_version=opset,
                 input_names=[INPUT_NAME],
                 output_names=[OUTPUT_NAME],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=({0: torch.export.Dim(BATCH_NAME)},),
                 verbose=False,
             )
     except Exception as error:  # the exporter raises what the model's own code and a dozen of its layers raise
@@ -77,7 +78,20 @@ def _exported(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -
             f"the model returns {len(exported.graph.outputs)} tensors, expected one tensor of logits",
             "return the logits alone in evaluation mode",
         )
+    _name_batch(exported.graph)
     return exported
+
+
+def _name_batch(graph: ir.Graph) -> None:
+    """Torch 2.6 calls the dynamic axis s0, whatever name it was given."""
+    shape = graph.inputs[0].shape
+    given = shape[0] if shape is not None else 0
+    if isinstance(given, int) or given.value == BATCH_NAME:
+        return
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        for axis, side in enumerate(value.shape or ()):
+            if side == given and value.shape is not None:
+                value.shape[axis] = ir.SymbolicDim(BATCH_NAME)
 
 
 def _check_structure(proto: onnx.ModelProto) -> None:

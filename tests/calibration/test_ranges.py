@@ -112,7 +112,9 @@ def test_bins_are_the_finest_power_of_two_that_holds_the_largest_value(largest: 
 
 
 def test_bins_close_below_and_open_above() -> None:
-    histogram = of([1.0, np.nextafter(np.float32(0.5), np.float32(0)), 0.5, -0.5, np.nextafter(np.float32(-0.5), -1)])
+    histogram = of(
+        [1.0, np.nextafter(np.float32(0.5), np.float32(0)), 0.5, -0.5, np.nextafter(np.float32(-0.5), np.float32(-1))]
+    )
     width = 2.0**histogram.exponent
     found = {int(index) - HALF_BINS: int(histogram.counts[index]) for index in np.flatnonzero(histogram.counts)}
     half = round(0.5 / width)
