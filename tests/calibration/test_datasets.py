@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import threading
 import time
@@ -22,7 +23,8 @@ from edgewright.calibration.stream import batches
 from edgewright.runtime.errors import DataError
 from edgewright.runtime.preprocess import ImageLike, Preprocess
 
-SAMPLE = Path("/work/shared/data/imagenet-sample")
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = Path(os.environ.get("EDGEWRIGHT_SAMPLE", ROOT.parent / "shared" / "data" / "imagenet-sample"))
 SMALL = Preprocess((6, 5), None, (0.5,) * 3, (0.25,) * 3)
 
 
