@@ -259,7 +259,7 @@ def train(
         size = sizes[epoch]
         if size not in pixels:
             pixels = {size: torch.from_numpy(resized(images, preprocess, size))}
-        title = f"epoch {epoch + 1}/{recipe.epochs} at {size} px"
+        title = f"epoch {epoch + 1}/{recipe.epochs}, {size} px"
         tell = functools.partial(_tell, progress, epoch * steps, recipe.epochs * steps, title)
         _train_epoch(trainee, pixels[size], targets, preprocess, seed=recipe.seed * 1000 + epoch, tell=tell)
         if state_file is not None:
@@ -306,7 +306,8 @@ def _train_epoch(
 
 
 def _tell(progress: Progress, before: int, total: int, title: str, step: int, loss: float, accuracy: float) -> None:
-    progress(before + step, total, f"{title}: loss {loss:.3f}, training top-1 {accuracy:.4f}")
+    """One line that fits 80 columns; the accuracy is that of the training images, as they come."""
+    progress(before + step, total, f"{title}, loss {loss:.2f}, top-1 {accuracy:.3f}")
 
 
 def _set_stochastic_depth(model: nn.Module, deepest: float) -> None:
