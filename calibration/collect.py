@@ -15,7 +15,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgewright.calibration.observers import observer_outputs, with_observers
-from edgewright.calibration.ranges import METHODS, Histogram, Range, Transfer, mse_range
+from edgewright.calibration.ranges import (
+    METHODS,
+    Histogram,
+    Range,
+    Transfer,
+    mse_range,
+    symmetric,
+    symmetric_mse_range,
+)
 from edgewright.runtime.errors import CalibrationError
 
 __all__ = ["BATCH_SIZE", "CalibrationTable", "collect"]
@@ -37,17 +45,26 @@ class CalibrationTable:
     histograms: Mapping[str, Histogram]
 
     def ranges(
-        self, method: str, names: Iterable[str] | None = None, transfers: Mapping[str, Transfer] | None = None
+        self,
+        method: str,
+        names: Iterable[str] | None = None,
+        transfers: Mapping[str, Transfer] | None = None,
+        *,
+        signed: bool = False,
     ) -> dict[str, Range]:
         """A range by `method`, one of `METHODS`, for each tensor or those in `names`.
 
         `transfers` names tensors that only an elementwise function reads; the method "mse" measures behind it.
+        `signed` ranges are symmetric, for S8 with zero-point 0.
         Raises `CalibrationError` for another method, or a tensor that was not measured.
         """
         choose = METHODS.get(method)
         if choose is None:
             raise CalibrationError(f"unknown range method {method!r}", f"choose one of {', '.join(METHODS)}")
         wanted = self.histograms if names is None else {name: self._histogram(name) for name in names}
+        if signed:
+            choose = symmetric_mse_range if method == "mse" else choose
+            return {name: symmetric(choose(histogram)) for name, histogram in wanted.items()}
         ranges = {}
         for name, histogram in wanted.items():
             transfer = (transfers or {}).get(name) if method == "mse" else None

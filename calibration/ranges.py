@@ -26,12 +26,16 @@ __all__ = [
     "mse_range",
     "percentile_range",
     "silu",
+    "symmetric",
+    "symmetric_mse_range",
 ]
 
 HALF_BINS = 4096
 SMALLEST_EXPONENT = -126 - 12  # bins of the smallest normal float32: below, values count as 0
 UINT8_LEVELS = 256
 DEFAULT_PERCENTILE = 99.99
+SHARES = np.concatenate([np.linspace(1.0, 0.5, 26), np.linspace(0.48, 0.02, 24)])
+"""Of the largest magnitude: where the search for the least error looks for the end of a range."""
 
 
 @dataclass(frozen=True)
@@ -145,19 +149,37 @@ def mse_range(histogram: Histogram, transfer: Transfer | None = None) -> Range:
     """
     values, counts = histogram.occupied()
     best = minmax_range(histogram).with_zero()
-    shares = np.concatenate([np.linspace(1.0, 0.5, 26), np.linspace(0.48, 0.02, 24)])
 
     def error(interval: Range) -> float:
         return squared_error(values, counts, interval, transfer)
 
     for _ in range(2):
         best = min(
-            (best, *(Range(best.low, float(share) * max(histogram.maximum, 0.0)) for share in shares)), key=error
+            (best, *(Range(best.low, float(share) * max(histogram.maximum, 0.0)) for share in SHARES)), key=error
         )
         best = min(
-            (best, *(Range(float(share) * min(histogram.minimum, 0.0), best.high) for share in shares)), key=error
+            (best, *(Range(float(share) * min(histogram.minimum, 0.0), best.high) for share in SHARES)), key=error
         )
     return best
+
+
+def symmetric(interval: Range) -> Range:
+    """The smallest range around 0 that holds `interval` and has the levels of S8: −128 … 127 steps.
+
+    On it U8 with zero-point 128 and S8 with zero-point 0 are the same values, so that what measures errors in the one
+    measures them in the other.
+    """
+    magnitude = max(abs(interval.low), abs(interval.high))
+    return Range(-magnitude * 128 / 127, magnitude)
+
+
+def symmetric_mse_range(histogram: Histogram) -> Range:
+    """The symmetric range with the least mean squared quantization error, S8, clipping and rounding together."""
+    values, counts = histogram.occupied()
+    whole = minmax_range(histogram)
+    magnitude = max(abs(whole.low), abs(whole.high))
+    candidates = (symmetric(Range(0.0, float(share) * magnitude)) for share in SHARES)
+    return min(candidates, key=lambda interval: squared_error(values, counts, interval))
 
 
 def squared_error(

@@ -6,18 +6,32 @@ its weights and its output are quantized, so Q/DQ stands behind a convolution an
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 
 from edgewright.calibration.observers import clamp_limits
 
-__all__ = ["COMPUTE_OPERATORS", "Decision", "QuantPlan", "clamped_output", "constant_weight", "plan_for_cpu"]
+__all__ = [
+    "COMPUTE_OPERATORS",
+    "VALUE_KEEPING",
+    "Decision",
+    "QuantPlan",
+    "activation_inputs",
+    "clamped_output",
+    "constant_weight",
+    "gate_nodes",
+    "is_silu",
+    "plan_for_cpu",
+    "unmeasured",
+]
 
 COMPUTE_OPERATORS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 INTEGER_FOLLOWERS = ("MaxPool", "AveragePool", "GlobalAveragePool", "Add", "Concat", "Reshape", "Flatten", "Transpose")
+VALUE_KEEPING = ("MaxPool", "Reshape", "Flatten", "Transpose")
+"""They select or move values: what comes out of them needs no rounding of its own."""
 GATE_ENDS = ("Sigmoid", "HardSigmoid", "Clip")
 GATE_PARTS = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Sigmoid", "HardSigmoid", "Clip", "Reshape", "Flatten")
 POOLS = ("GlobalAveragePool", "ReduceMean")
@@ -25,7 +39,7 @@ POOLS = ("GlobalAveragePool", "ReduceMean")
 
 @dataclass(frozen=True)
 class Decision:
-    """What one node runs in ("int8" or "fp32"), and why."""
+    """What one node runs in ("int8", "fp16" or "fp32"), and why."""
 
     node: str
     operator: str
@@ -38,11 +52,13 @@ class QuantPlan:
     """Decisions for the nodes that could be quantized, and the activation tensors that go through Q/DQ.
 
     * silu_inputs: those of `activations` that a SiLU alone reads, so that only what is left behind it matters
+    * readers: per activation the nodes that read the integers; an activation that is not in it has no other readers
     """
 
     decisions: tuple[Decision, ...]
     activations: tuple[str, ...]
     silu_inputs: tuple[str, ...] = ()
+    readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def nodes_in(self, precision: str) -> tuple[Decision, ...]:
         """The decisions for `precision`."""
@@ -55,6 +71,7 @@ class QuantPlan:
             "decisions": [vars(decision) for decision in self.decisions],
             "activations": list(self.activations),
             "silu_inputs": list(self.silu_inputs),
+            "readers": {name: list(nodes) for name, nodes in self.readers.items()},
         }
 
 
@@ -63,7 +80,7 @@ def plan_for_cpu(model: ir.Model, measured: Container[str] | None = None) -> Qua
 
     `measured` names the activations that the calibration could measure, None for all; what needs another stays float.
     """
-    gates = dict(_gate_nodes(model.graph))
+    gates = dict(gate_nodes(model.graph))
     decisions: list[Decision] = []
     activations: dict[str, None] = {}  # keeps the order of the graph
     outputs = set(model.graph.outputs)
@@ -73,24 +90,27 @@ def plan_for_cpu(model: ir.Model, measured: Container[str] | None = None) -> Qua
             continue
         tensors = _quantized_tensors(node, outputs) if precision == "int8" else ()
         names = [str(value.name) for value in tensors]
-        unmeasured = [name for name in names if measured is not None and name not in measured]
-        if unmeasured:
-            precision, reason = (
-                "fp32",
-                f"{unmeasured[0]} was not measured: it has no batch axis in front of a fixed size",
-            )
+        missing = unmeasured(names, measured)
+        if missing:
+            precision, reason = "fp32", missing
         else:
             activations |= dict.fromkeys(names)
         decisions.append(Decision(str(node.name), node.op_type, precision, reason))
-    silu_inputs = (str(node.inputs[0].name) for node in model.graph if _is_silu(node) and node.inputs[0] is not None)
+    silu_inputs = (str(node.inputs[0].name) for node in model.graph if is_silu(node) and node.inputs[0] is not None)
     return QuantPlan(tuple(decisions), tuple(activations), tuple(name for name in silu_inputs if name in activations))
+
+
+def unmeasured(names: Iterable[str], measured: Container[str] | None) -> str:
+    """Why an operator that needs the ranges of `names` stays float, or "" if all of them are `measured`."""
+    missing = next((name for name in names if measured is not None and name not in measured), None)
+    return "" if missing is None else f"{missing} was not measured: it has no batch axis in front of a fixed size"
 
 
 def _quantized_tensors(node: ir.Node, outputs: set[ir.Value]) -> tuple[ir.Value, ...]:
     """The tensors that go through Q/DQ for an integer `node`; logits of a matrix product stay float."""
     result = clamped_output(node)
     stays_float = node.op_type in ("Gemm", "MatMul") and result in outputs
-    return _activation_inputs(node) if stays_float else (*_activation_inputs(node), result)
+    return activation_inputs(node) if stays_float else (*activation_inputs(node), result)
 
 
 def _decide(node: ir.Node, gates: Mapping[ir.Node, str], activations: Mapping[str, None]) -> tuple[str | None, str]:
@@ -105,10 +125,10 @@ def _decide(node: ir.Node, gates: Mapping[ir.Node, str], activations: Mapping[st
     if node.op_type in INTEGER_FOLLOWERS:
         if node.op_type in ("Add", "Concat") and any(value.const_value is not None for value in node.inputs if value):
             return "fp32", "one of its operands is a constant, which stays float"
-        if all(str(value.name) in activations for value in _activation_inputs(node)):
+        if all(str(value.name) in activations for value in activation_inputs(node)):
             return "int8", "all its inputs are integers already"
         return "fp32", "not all its inputs are integers"
-    if _is_silu(node):
+    if is_silu(node):
         return "fp32", "SiLU: eight bits for the sigmoid and again for the product lose too much"
     return None, ""
 
@@ -121,7 +141,7 @@ def constant_weight(node: ir.Node) -> ir.Value | None:
     return weight
 
 
-def _activation_inputs(node: ir.Node) -> tuple[ir.Value, ...]:
+def activation_inputs(node: ir.Node) -> tuple[ir.Value, ...]:
     """The data inputs of a node: not weights, biases, shapes or other constants."""
     values = node.inputs[:1] if node.op_type in (*COMPUTE_OPERATORS, "Reshape") else node.inputs
     return tuple(value for value in values if value is not None and value.const_value is None)
@@ -140,7 +160,7 @@ def clamped_output(node: ir.Node) -> ir.Value:
     return readers[0].outputs[0] if limits is not None and limits[0] == 0.0 else output
 
 
-def _is_silu(node: ir.Node) -> bool:
+def is_silu(node: ir.Node) -> bool:
     """Whether `node` is the Sigmoid of x · sigmoid(x), and nothing else reads x."""
     source = node.inputs[0] if node.op_type == "Sigmoid" else None
     products = node.outputs[0].consumers()
@@ -149,7 +169,7 @@ def _is_silu(node: ir.Node) -> bool:
     return set(source.consumers()) == {node, products[0]} and not source.is_graph_output()
 
 
-def _gate_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
+def gate_nodes(graph: ir.Graph) -> Iterator[tuple[ir.Node, str]]:
     """Nodes of squeeze-and-excitation gates: from a global pooling to the sigmoid whose result multiplies a map."""
     for product in graph:
         if product.op_type not in ("Mul", "Div"):  # relu6(x + 3) / 6 is a gate too
@@ -182,7 +202,7 @@ def _branch_from_pooling(end: ir.Node) -> tuple[ir.Node, ...]:
             continue
         if node.op_type not in GATE_PARTS:
             return ()
-        producers = [value.producer() for value in _activation_inputs(node)]
+        producers = [value.producer() for value in activation_inputs(node)]
         if any(producer is None for producer in producers):
             return ()
         waiting += [producer for producer in producers if producer is not None]

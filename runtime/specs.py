@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .errors import BuildError
 from .preprocess import Preprocess
 
-__all__ = ["EngineInfo", "LayerPrecision", "OnnxArtifact", "TensorSpec"]
+__all__ = ["BatchProfile", "EngineInfo", "Kernel", "LayerPrecision", "OnnxArtifact", "PlannedLayer", "TensorSpec"]
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,78 @@ class OnnxArtifact:
 
 
 @dataclass(frozen=True)
-class LayerPrecision:
-    """What one compute layer (convolution, matrix product) of a built engine really runs in, read back from it."""
+class PlannedLayer:
+    """A convolution or matrix product of the graph: what it is to run in, and how much work it is.
+
+    * name: of the node; operator: its ONNX operator
+    * precision: "fp32", "fp16", "bf16" or "int8"
+    * macs: multiply-accumulates for one image
+    * aliases: other names that a backend may give it: of its output tensor, and of the activation that is fused into it
+    """
 
     name: str
     operator: str
     precision: str
+    macs: int
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What an engine launches once per run, read back from it.
+
+    * name, kind: in the backend's own words, such as "correlation" or "QLinearConv"
+    * sources: the nodes of the graph that were fused into it, as far as the backend says
+    * precision: of the data that it computes with
+    * bytes_read: activations and weights, at batch 1; bytes_written: activations; None where the backend does not say
+    * computes: it runs the convolution or matrix product among its sources; False where the backend does not say
+    """
+
+    name: str
+    kind: str
+    sources: tuple[str, ...]
+    precision: str
+    bytes_read: int | None = None
+    bytes_written: int | None = None
+    computes: bool = False
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Kernel:
+        """The inverse of `dataclasses.asdict`."""
+        return cls(**{**content, "sources": tuple(content["sources"])})
+
+
+@dataclass(frozen=True)
+class LayerPrecision:
+    """One planned layer beside what was built for it.
+
+    * requested, actual: precisions; actual is "missing" if no kernel says that it runs this layer
+    * macs: multiply-accumulates for one image
+    * kernel: the name of the kernel that runs it, "" if there is none
+    """
+
+    name: str
+    operator: str
+    requested: str
+    actual: str
+    macs: int
+    kernel: str
+
+
+@dataclass(frozen=True)
+class BatchProfile:
+    """The batch sizes that an engine with a dynamic batch is built for; it is tuned for `optimum`."""
+
+    minimum: int = 1
+    optimum: int = 8
+    maximum: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise BuildError(
+                f"the batch sizes {self.minimum}, {self.optimum}, {self.maximum} are not in order",
+                "give 1 ≤ minimum ≤ optimum ≤ maximum",
+            )
 
 
 @dataclass(frozen=True)
@@ -77,8 +144,10 @@ class EngineInfo:
     """What stands in the JSON file beside an engine.
 
     * precision: the one asked for ("fp32", "fp16", "bf16", "int8")
-    * layers: what was really built, per compute layer
     * target: the GPU architecture ("sm86") or None on a CPU
+    * layers: what was really built, per planned convolution and matrix product
+    * kernels: everything that the engine launches
+    * profile: the batch sizes it was built for, None for any
     * onnx_sha256: of the graph it was built from; engine_sha256: of the engine file
     * versions: the libraries it was built with
     """
@@ -94,6 +163,8 @@ class EngineInfo:
     engine_sha256: str
     bytes: int
     layers: tuple[LayerPrecision, ...]
+    kernels: tuple[Kernel, ...] = ()
+    profile: BatchProfile | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -101,12 +172,12 @@ class EngineInfo:
         """Number of compute layers per precision, such as `{"int8": 49, "fp32": 33}`."""
         counts: dict[str, int] = {}
         for layer in self.layers:
-            counts[layer.precision] = counts.get(layer.precision, 0) + 1
+            counts[layer.actual] = counts.get(layer.actual, 0) + 1
         return counts
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `from_json`."""
-        return {"schema": "edgewright.engine-info/1", **asdict(self)}
+        return {"schema": "edgewright.engine-info/2", **asdict(self)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EngineInfo:
@@ -123,5 +194,7 @@ class EngineInfo:
             engine_sha256=content["engine_sha256"],
             bytes=content["bytes"],
             layers=tuple(LayerPrecision(**layer) for layer in content["layers"]),
+            kernels=tuple(Kernel.from_json(kernel) for kernel in content["kernels"]),
+            profile=None if content["profile"] is None else BatchProfile(**content["profile"]),
             versions=dict(content["versions"]),
         )

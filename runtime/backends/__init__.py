@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..errors import EngineError
-from .base import Absence, Backend, BuildRequest, Built, Runner
+from .base import Absence, Backend, BuildRequest, Built, Compiled, Runner
 from .onnxruntime_cpu import OnnxRuntimeBackend
 
-__all__ = ["BACKENDS", "Absence", "Backend", "BuildRequest", "Built", "Runner", "backend_named"]
+__all__ = ["BACKENDS", "Absence", "Backend", "BuildRequest", "Built", "Compiled", "Runner", "backend_named"]
 
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (OnnxRuntimeBackend(),)}
 

@@ -1,6 +1,6 @@
 """What a backend is: it says whether it is here, builds an engine, reads back what was built, and opens it to run.
 
-The base classes own the lifecycle and the checks; a backend fills in the methods that end in `_impl`.
+The base classes own the lifecycle and the checks; a backend fills in the abstract methods.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ..audit import audited, deviations, share_of_work
 from ..errors import BuildError, EngineError
-from ..specs import LayerPrecision, TensorSpec
+from ..specs import BatchProfile, Kernel, LayerPrecision, PlannedLayer, TensorSpec
 
-__all__ = ["Absence", "Backend", "BuildRequest", "Built", "Runner"]
+__all__ = ["Absence", "Backend", "BuildRequest", "Built", "Compiled", "Runner"]
+
+NAMED_LAYERS = 5
+"""As many layers an error names; a silent fallback usually hits all of them."""
 
 RunnerType = TypeVar("RunnerType", bound="Runner")
 
@@ -33,31 +37,52 @@ class Absence:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What to build: a graph that already holds its precision (FP32, or explicit Q/DQ), for one target.
+    """What to build: a graph that already holds its precision (FP32, FP16 types, or explicit Q/DQ), for one target.
 
     * onnx: the serialized graph
-    * precision: what is expected of it, "fp32" or "int8"; checked against what was built
-    * target: the GPU architecture ("sm86"), None on a CPU
+    * precision: "fp32", "fp16", "bf16" or "int8"; "bf16" alone is no matter of the graph but of the backend's options
+    * planned: what each convolution and matrix product of the graph is to run in; what was built is held against it
+    * target: the GPU architecture ("sm86"), None on a CPU or for the GPU of this machine
+    * profile: batch sizes; workspace: the most scratch memory a GPU layer may take, in bytes, None for all there is
+    * dla: the DLA core of a Jetson to run on, None for the GPU
+    * timing_cache: what an earlier build on the same device measured
     """
 
     onnx: bytes
     precision: str
+    planned: tuple[PlannedLayer, ...]
     target: str | None = None
+    profile: BatchProfile = field(default_factory=BatchProfile)
+    workspace: int | None = None
+    dla: int | None = None
+    timing_cache: bytes = b""
 
 
 @dataclass(frozen=True)
-class Built:
-    """An engine and what it really is.
+class Compiled:
+    """What a backend made of a graph.
 
     * engine: the bytes that `Backend.open` takes
-    * layers: the compute layers, with the precision read back from the engine
+    * kernels: read back from the engine
+    * profile: the batch sizes it takes, None for any
+    * timing_cache: to be given to the next build on this device; empty where there is none
     """
 
     engine: bytes
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    layers: tuple[LayerPrecision, ...]
+    kernels: tuple[Kernel, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
+    profile: BatchProfile | None = None
+    timing_cache: bytes = b""
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that passed the audit: what was compiled, and the planned layers with the precision they run in."""
+
+    compiled: Compiled
+    layers: tuple[LayerPrecision, ...]
 
 
 class Runner(ABC):
@@ -104,26 +129,36 @@ class Backend(ABC):
     """One way to build and run engines.
 
     * name: as in the contract; precisions: what it can be asked for
-    * dialect: which of the quantized graphs it reads ("cpu")
+    * dialect: which of the quantized graphs it reads ("cpu", "openvino", "rtx", "tensorrt")
     * suffix: of its engine files
+    * targets: the GPU architectures it can be asked for; empty where an engine is for this machine
     """
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]]
     dialect: ClassVar[str]
     suffix: ClassVar[str]
+    targets: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def absence(self) -> Absence | None:
-        """None if this backend can be used here, else why not."""
+        """None if this backend can build here, else why not."""
+
+    def unsupported(self, precision: str, target: str | None) -> Absence | None:
+        """None if it can build `precision` for `target`, else why not; asked only where the backend is not absent."""
+        return None
+
+    def cannot_run(self) -> Absence | None:
+        """None if engines that are built here can be run here, else why not."""
+        return self.absence()
 
     @abstractmethod
     def version(self) -> str:
         """The version of the backend's library, without loading it."""
 
     @abstractmethod
-    def build_impl(self, request: BuildRequest) -> Built:
-        """Builds and reads back."""
+    def compile(self, request: BuildRequest) -> Compiled:
+        """Compiles the graph and reads back what was made of it. Raises `BuildError`."""
 
     @abstractmethod
     def open(self, engine: bytes, *, threads: int = 0) -> Runner:
@@ -133,24 +168,29 @@ class Backend(ABC):
         """
 
     def build(self, request: BuildRequest) -> Built:
-        """Builds an engine whose precision is what was asked for, as read back from it.
+        """Builds an engine in which every planned layer runs in its planned precision, as read back from it.
 
-        Raises `BuildError` if the backend is absent or refuses, or if no layer runs in the requested precision.
+        Raises `BuildError` if the backend is absent or refuses, or if a layer runs in another precision than planned:
+        an engine that is silently FP32 does not leave.
         """
-        absence = self.absence()
+        absence = self.absence() or self.unsupported(request.precision, request.target)
         if absence is not None:
             raise BuildError(absence.reason, absence.hint)
         if request.precision not in self.precisions:
             raise BuildError(f"{self.name} cannot build {request.precision}", f"choose one of {self.precisions}")
-        built = self.build_impl(request)
-        found = {layer.precision for layer in built.layers}
-        if request.precision not in found:
+        compiled = self.compile(request)
+        layers = audited(request.planned, compiled.kernels)
+        wrong = deviations(layers)
+        if wrong:
+            named = ", ".join(f"{layer.name} ({layer.requested} → {layer.actual})" for layer in wrong[:NAMED_LAYERS])
+            more = f" and {len(wrong) - NAMED_LAYERS} more" if len(wrong) > NAMED_LAYERS else ""
+            found, planned = (share_of_work(some, request.precision) for some in (layers, request.planned))
             raise BuildError(
-                f"{self.name} built no layer in {request.precision}: its {len(built.layers)} compute layers run in "
-                f"{', '.join(sorted(found)) or 'nothing known'}",
-                "look at the plan: was anything quantized?",
+                f"{self.name} runs {100 * found:.1f} % of the work in {request.precision}, planned were "
+                f"{100 * planned:.1f} %: {named}{more}",
+                "change the plan or the target; such an engine is not kept",
             )
-        return built
+        return Built(compiled, layers)
 
 
 def _fitting(spec: TensorSpec, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:

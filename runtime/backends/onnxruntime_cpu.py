@@ -19,14 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BuildError, EngineError
-from ..specs import LayerPrecision, TensorSpec
-from .base import Absence, Backend, BuildRequest, Built, Runner
+from ..specs import Kernel, PlannedLayer, TensorSpec
+from .base import Absence, Backend, BuildRequest, Compiled, Runner
 
 __all__ = ["OnnxRuntimeBackend"]
 
 PROVIDERS = ["CPUExecutionProvider"]
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")  # both install the import name onnxruntime
-COMPUTE_WORDS = ("Conv", "Gemm", "MatMul")
+COMPUTE_WORDS = ("Conv", "Gemm", "MatMul")  # also in QLinearConv, FusedConv, QGemm, MatMulIntegerToFloat
 KERNEL_SUFFIX = "_kernel_time"
 ERRORS_ONLY = 3  # onnxruntime's log severity: 0 verbose … 4 fatal
 PRECISION_OF_TYPE = {
@@ -63,8 +63,8 @@ class OnnxRuntimeBackend(Backend):
                 continue
         return "unknown"
 
-    def build_impl(self, request: BuildRequest) -> Built:
-        """Compiles the graph once, runs it on zeros, and reads the kernels off the profile."""
+    def compile(self, request: BuildRequest) -> Compiled:
+        """Compiles the graph once, runs one image of zeros, and reads the kernels off the profile."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 session = _session(request.onnx, threads=0, profile=Path(folder) / "profile")
@@ -72,8 +72,8 @@ class OnnxRuntimeBackend(Backend):
                 _run(session, {spec.name: np.zeros([side or 1 for side in spec.shape], spec.dtype) for spec in inputs})
             except EngineError as error:
                 raise BuildError(f"onnxruntime refused the {request.precision} graph: {error.message}") from error
-            layers = _compute_layers(json.loads(Path(session.end_profiling()).read_text()))
-        return Built(request.onnx, inputs, outputs, layers, {"onnxruntime": self.version()})
+            kernels = _kernels(json.loads(Path(session.end_profiling()).read_text()), request.planned)
+        return Compiled(request.onnx, inputs, outputs, kernels, {"onnxruntime": self.version()})
 
     def open(self, engine: bytes, *, threads: int = 0) -> Runner:
         """A session on the CPU provider alone."""
@@ -158,15 +158,37 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
     )
 
 
-def _compute_layers(events: list[dict[str, Any]]) -> tuple[LayerPrecision, ...]:
-    layers: dict[str, LayerPrecision] = {}
+def _kernels(events: list[dict[str, Any]], planned: tuple[PlannedLayer, ...]) -> tuple[Kernel, ...]:
+    kernels: dict[str, Kernel] = {}
     for event in events:
-        details = event.get("args", {})
-        operator, name = details.get("op_name", ""), event.get("name", "")
-        if not name.endswith(KERNEL_SUFFIX) or not any(word in operator for word in COMPUTE_WORDS):
+        if not event.get("name", "").endswith(KERNEL_SUFFIX):
             continue
+        name, details = event["name"].removesuffix(KERNEL_SUFFIX), event.get("args", {})
+        operator = details.get("op_name", "")
         types = details.get("input_type_shape") or [{}]
-        (kind,) = list(types[0]) or ["unknown"]
-        node = name.removesuffix(KERNEL_SUFFIX)
-        layers[node] = LayerPrecision(node, operator, PRECISION_OF_TYPE.get(kind, kind))
-    return tuple(layers.values())
+        kind = next(iter(types[0]), "unknown")
+        computes = any(word in operator for word in COMPUTE_WORDS)
+        kernels[name] = Kernel(
+            name=name,
+            kind=operator,
+            sources=_sources(name, planned) if computes else (),
+            precision=PRECISION_OF_TYPE.get(kind, kind),
+            bytes_read=int(details.get("activation_size", 0)) + int(details.get("parameter_size", 0)),
+            bytes_written=int(details.get("output_size", 0)),
+        )
+    return tuple(kernels.values())
+
+
+def _sources(kernel: str, planned: tuple[PlannedLayer, ...]) -> tuple[str, ...]:
+    """The planned layer that a kernel runs.
+
+    onnxruntime calls a kernel after the node or tensor that ends it, with an ending of its own: a convolution and its
+    Clip are "features.0.2/Clip_nchwc".
+    """
+    fitting = [
+        (len(name), layer.name)
+        for layer in planned
+        for name in (layer.name, *layer.aliases)
+        if kernel == name or kernel.startswith((f"{name}_", f"{name}/", f"{name}::"))
+    ]
+    return (max(fitting)[1],) if fitting else ()

@@ -23,7 +23,8 @@ from edgewright.calibration.collect import collect
 from edgewright.calibration.ranges import Range
 from edgewright.optimize import quantize as module
 from edgewright.optimize.plan import COMPUTE_OPERATORS, QuantPlan, plan_for_cpu
-from edgewright.optimize.quantize import QParams, asymmetric_u8, quantize, quantize_for_cpu, symmetric_i8
+from edgewright.optimize.qdq import QParams, asymmetric_u8, quantize, weight_s8
+from edgewright.optimize.quantize import quantize_for_cpu
 from edgewright.runtime.errors import QuantizationError
 
 Array = NDArray[Any]
@@ -175,7 +176,7 @@ def test_asymmetric_parameters_are_those_of_torch() -> None:
 )
 def test_symmetric_scales_are_the_largest_magnitudes_over_127(shape: tuple[int, ...], axis: int) -> None:
     weight = normal(f"{shape}", *shape)
-    params = symmetric_i8(weight, axis)
+    params = weight_s8(weight, axis)
     expected = [np.abs(np.take(weight, index, axis)).max() / np.float32(127) for index in range(shape[axis])]
     np.testing.assert_allclose(params.scale, expected, rtol=1.2e-7)
     assert params.scale.dtype == np.float32
@@ -193,13 +194,13 @@ def test_symmetric_scales_are_those_of_torch() -> None:
         dtype=torch.qint8, qscheme=torch.per_channel_symmetric, ch_axis=0, quant_min=-127, quant_max=127, eps=TINY
     )
     observer(torch.from_numpy(weight))
-    np.testing.assert_allclose(symmetric_i8(weight, 0).scale, observer.calculate_qparams()[0].numpy(), rtol=2e-7)
+    np.testing.assert_allclose(weight_s8(weight, 0).scale, observer.calculate_qparams()[0].numpy(), rtol=2e-7)
 
 
 @pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-30, 1.0, 1e30, 3e38])
 def test_extreme_channels_neither_vanish_nor_overflow(magnitude: float) -> None:
     weight = np.array([[magnitude, -magnitude, 0.0]], np.float32)
-    params = symmetric_i8(weight, 0)
+    params = weight_s8(weight, 0)
     assert np.isfinite(params.scale).all()
     assert (params.scale >= TINY).all()
     back = quantize(weight, params) * params.scale.astype(np.float64)
@@ -208,7 +209,7 @@ def test_extreme_channels_neither_vanish_nor_overflow(magnitude: float) -> None:
 
 def test_a_channel_of_zeros_gets_scale_one() -> None:
     weight = np.stack([np.zeros(3), np.ones(3)]).astype(np.float32)
-    params = symmetric_i8(weight, 0)
+    params = weight_s8(weight, 0)
     assert params.scale[0] == 1.0
     np.testing.assert_array_equal(quantize(weight, params), [[0, 0, 0], [127, 127, 127]])
 
@@ -216,7 +217,7 @@ def test_a_channel_of_zeros_gets_scale_one() -> None:
 def test_floor_raises_only_the_channels_below_it() -> None:
     weight = np.array([[127.0], [1.27], [0.0]], np.float32)
     floor = np.array([0.5, 0.5, 0.5])
-    np.testing.assert_allclose(symmetric_i8(weight, 0, floor).scale, [1.0, 0.5, 1.0], rtol=1e-7)
+    np.testing.assert_allclose(weight_s8(weight, 0, floor).scale, [1.0, 0.5, 1.0], rtol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -224,7 +225,7 @@ def test_weights_that_are_not_finite_are_refused(bad: float) -> None:
     weight = normal("bad", 4, 3)
     weight[2, 1] = bad
     with pytest.raises(QuantizationError, match="NaN or infinite"):
-        symmetric_i8(weight, 0)
+        weight_s8(weight, 0)
     model = graph("[broken] y = Conv (x, w)", w=weight.reshape(4, 3, 1, 1))
     ranges = {"x": Range(-1, 1), "y": Range(-1, 1)}
     with pytest.raises(QuantizationError, match=r"broken: a weight is NaN.*export the model again"):
@@ -267,7 +268,7 @@ def test_zero_point_is_added_after_rounding() -> None:
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 def test_quantize_per_channel_is_onnx_quantizelinear(axis: int) -> None:
     weight = normal("per channel", 3, 4, 5, 6)
-    params = symmetric_i8(weight, axis)
+    params = weight_s8(weight, axis)
     np.testing.assert_array_equal(quantize(weight, params), reference_quantize(weight, params))
     mutant = QParams(params.scale[::-1].copy(), params.zero_point, axis)
     assert (quantize(weight, mutant) != reference_quantize(weight, params)).any()
@@ -319,7 +320,7 @@ def test_scales_follow_the_output_channels(name: str, monkeypatch: pytest.Monkey
     steps = np.abs(weight).max(axis=tuple(i for i in range(len(shape)) if i != axis), keepdims=True) / 127
     assert (np.abs(found_weight - weight) <= steps * 0.50001).all()
     if shape[axis] > 1:
-        monkeypatch.setattr(module, "_channel_axis", lambda node, rank: (axis + 1) % rank)
+        monkeypatch.setattr(module, "channel_axis", lambda node, rank: (axis + 1) % rank)
         mutant = quantize_for_cpu(model, plan_for_cpu(model), collect(model, [x], identity={}).ranges("minmax"))
         assert (np.abs(dequantized_weight(mutant, "layer") - weight) > steps * 0.50001).any()
 

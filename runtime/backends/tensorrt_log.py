@@ -1,0 +1,81 @@
+"""What TensorRT says while it works, kept: its Python calls return None or False, the reason is in the log alone."""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+__all__ = ["Log", "one_line", "recorded"]
+
+# A build ahead of time needs no driver, but each error is followed by the complaint that there is none.
+NO_DRIVER = re.compile(r"\(cudaError 35:|catchCudaError")
+# The parser's errors are asked for one by one, with the node's name; the log repeats them in four lines each.
+PARSER_ECHO = re.compile(r"^(ModelImporter\.cpp:|In node )")
+_recording = threading.Lock()
+
+
+@dataclass
+class Log:
+    """What was said during one recording: errors, and everything at the level of detail that lists an engine's layers."""
+
+    errors: list[str] = field(default_factory=list)
+    details: list[str] = field(default_factory=list)
+
+    def cause(self, *, without_driver: bool = False) -> str:
+        """The errors in one line, each once, "" if there was none; `without_driver` drops those about a missing GPU."""
+        said = (one_line(error) for error in self.errors if not PARSER_ECHO.match(error))
+        kept = [text for text in said if not (without_driver and NO_DRIVER.search(text))]
+        return "; ".join(dict.fromkeys(kept))
+
+
+@contextmanager
+def recorded(trt: ModuleType) -> Iterator[Log]:
+    """Keeps what `trt` logs inside the `with`; one recording at a time, others wait."""
+    logger = _logger_of(trt)
+    with _recording:
+        logger.current = log = Log()
+        try:
+            yield log
+        finally:
+            logger.current = Log()
+
+
+@functools.cache
+def _logger_of(trt: ModuleType) -> Any:
+    """The one logger of this process and package, kept for good.
+
+    TensorRT keeps the first logger it is given, for all builders and runtimes, and its objects call it when they are
+    freed: a second one would be ignored, and a freed one called.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # the package is known at run time only
+        """Passes on to whoever records."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)  # what pybind11 asks for, instead of super()
+            self.current = Log()
+
+        def log(self, severity: Any, text: str) -> None:
+            """Called by TensorRT, from any thread; must not raise."""
+            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                self.current.errors.append(text)
+            elif severity == trt.ILogger.Severity.VERBOSE:
+                self.current.details.append(text)
+
+    return Logger()
+
+
+def logger_of(trt: ModuleType) -> Any:
+    """What builders, parsers and runtimes of `trt` are made with."""
+    return _logger_of(trt)
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks; our errors have one line."""
+    return " ".join(text.split())
