@@ -35,19 +35,17 @@ __all__ = ["CastResult", "cast_fp16"]
 FP16_MAX = float(np.finfo(np.float16).max)  # 65504
 SMALLEST_NORMAL = float(np.finfo(np.float16).smallest_normal)  # 2**-14; below, bits are lost one by one
 HALF_ULP = float(np.finfo(np.float16).eps) / 2  # 2**-11: rounding to nearest loses at most this part of a number
-HEADROOM = 2.0
-"""Other images may go so many times beyond the calibration's; a maximum over some hundred images seldom doubles."""
+HEADROOM = 2.0  # other images may go so far beyond the calibration's; a maximum over some hundred seldom doubles
 
 FP16, FP32 = "fp16", "fp32"
 _SQUARES = "it sums squares, which may overflow inside although its inputs and outputs fit"
 _EXPONENTIALS = "it sums exponentials: inside they overflow, or the small ones are lost, although all outside fits"
 _STEEP = "it is too steep: a little beyond the calibrated range its output leaves FP16"
 SENSITIVE_OPERATORS = {
-    **dict.fromkeys(("InstanceNormalization", "LayerNormalization", "GroupNormalization"), _SQUARES),
-    **dict.fromkeys(("RMSNormalization", "MeanVarianceNormalization", "LpNormalization", "LRN"), _SQUARES),
+    **dict.fromkeys(("InstanceNormalization", "LayerNormalization", "GroupNormalization", "LRN"), _SQUARES),
+    **dict.fromkeys(("RMSNormalization", "MeanVarianceNormalization", "LpNormalization"), _SQUARES),
     **dict.fromkeys(("ReduceSumSquare", "ReduceL2", "LpPool", "GlobalLpPool"), _SQUARES),
-    **dict.fromkeys(("Softmax", "LogSoftmax", "ReduceLogSumExp", "Softplus"), _EXPONENTIALS),
-    "ReduceLogSum": "the sum under its logarithm may overflow although its input and output fit",
+    **dict.fromkeys(("Softmax", "LogSoftmax", "ReduceLogSum", "ReduceLogSumExp", "Softplus"), _EXPONENTIALS),
     **dict.fromkeys(("Exp", "Pow"), _STEEP),
 }
 """Operators that stay in FP32 whatever the ranges are. Averages are not among them: like convolutions they are linear,
@@ -56,8 +54,7 @@ SHAPE_OPERATORS = ("Shape", "Size")  # they read no values, so any may pass and 
 
 
 Float32 = NDArray[np.float32]
-Uses = Sequence[tuple[ir.Node, int]]
-"""Where a tensor is read: node and index of the input."""
+Uses = Sequence[tuple[ir.Node, int]]  # where a tensor is read: node and index of the input
 
 
 class _StaysFloatError(Exception):
@@ -120,9 +117,6 @@ def _check_supported(graph: ir.Graph) -> None:
 def _decision(node: ir.Node, bound: Mapping[ir.Node, str], chosen: set[ir.Node]) -> Decision:
     reason = bound.get(node, "fits FP16" if node in chosen else "fits FP16, but needs more Casts there")
     return Decision(str(node.name), node.op_type, FP16 if node in chosen else FP32, reason)
-
-
-# --- Which nodes may be FP16 --------------------------------------------------------------------------------------
 
 
 def _check(node: ir.Node, opsets: Mapping[str, int], ranges: Mapping[str, Range]) -> tuple[int, ...]:
@@ -213,17 +207,13 @@ def _rows(node: ir.Node, weight: Float32) -> Float32:
     if node.op_type == "Conv":  # [Cout, Cin/g, ...]
         return np.reshape(weight, (len(weight), -1))
     if node.op_type == "ConvTranspose":  # [Cin, Cout/g, ...], in g groups of rows
-        groups = int(node.attributes.get_int("group", 1))  # type: ignore[arg-type]
-        columns = weight.shape[1]
+        groups, columns = node.attributes.get_int("group", 1), weight.shape[1]
         grouped = weight.reshape(groups, len(weight) // groups, columns, -1)
         return np.reshape(grouped.swapaxes(1, 2), (groups * columns, -1))
-    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):  # [N, K]
+    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1:  # [N, K]
         return weight
     matrices = weight if weight.ndim > 1 else weight[:, None]  # [..., K, N], or MatMul's [K]
     return np.reshape(matrices.swapaxes(-1, -2), (-1, matrices.shape[-2]))
-
-
-# --- Which of them are --------------------------------------------------------------------------------------------
 
 
 def _fewest_casts(graph: ir.Graph, free: Mapping[ir.Node, tuple[int, ...]]) -> set[ir.Node]:
@@ -255,9 +245,6 @@ def _activations(graph: ir.Graph) -> Iterator[ir.Value]:
     """Float tensors that are not constant."""
     values = (*graph.inputs, *(output for node in graph for output in node.outputs))
     return (value for value in values if _is_float(value))
-
-
-# --- The rewriting ------------------------------------------------------------------------------------------------
 
 
 def _retype(graph: ir.Graph, halves: Mapping[ir.Node, tuple[int, ...]]) -> int:

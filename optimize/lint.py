@@ -18,7 +18,6 @@ datatypes: fp8_e4m3") and INT4 weights (RTX builds them).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,6 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from edgewright.optimize.plan import COMPUTE_OPERATORS
-from edgewright.optimize.simulate import VALUE_KEEPING
 from edgewright.runtime.errors import QuantizationError
 
 __all__ = ["PARSERS", "RULES", "Finding", "ParserRules", "Rule", "check", "lint"]
@@ -64,7 +62,7 @@ class ParserRules:
 
     * newest_opset: the newest opset of ONNX that it documents; source: where
     * default_axis: how it reads a Q/DQ without `axis` (ONNX: 1), None if that is not known
-    * stray_int8: whether INT8 tensors may come from and go elsewhere than Q and DQ
+    * stray_int8: whether INT8 tensors may come from elsewhere than Q, and go elsewhere than DQ
     * free_scale_type: whether from opset 23 on the scale's type may differ from the tensor's, as ONNX then allows
     """
 
@@ -112,7 +110,7 @@ RULES: dict[str, Rule] = {
     ),
     "int8-constant": Rule("refused", 'RTX: "Quantized constant (w) is only allowed before DQ or PLUGIN_V2"'),
     "stray-int8": Rule(
-        "excluded", "operators.md: INT8 only through quantization from a floating-point type; RTX takes more"
+        "excluded", "operators.md of 10.0: INT8 only through quantization, no operator but DQ reads it; RTX takes more"
     ),
     "quantized-bias": Rule("excluded", "ModelOpt quantizes no bias; RTX takes INT8, and refuses the usual INT32"),
     # --- Zero-points
@@ -212,7 +210,7 @@ Broken = Iterator[tuple[str, str, str]]  # rule, reason, remedy
 
 def _operator(linter: _Linter, node: ir.Node) -> Broken:
     """Operators that TensorRT has not, or has under the name of another."""
-    if node.op_type.startswith("QLinear") or node.op_type in INTEGER_OPERATORS:
+    if _is_integer_operator(node):
         remedy = "write it as a float operator between QuantizeLinear and DequantizeLinear"
         yield "integer-operator", f"TensorRT has no {node.op_type}", remedy
     elif node.domain not in PARSER_DOMAINS and (node.domain, node.op_type) not in linter.local:
@@ -236,7 +234,7 @@ def _types(linter: _Linter, node: ir.Node) -> Broken:
     in_cast = node.op_type in ("Cast", "Identity")  # RTX builds both at the border of the graph
     reads = [v for v in node.inputs if v is not None and v.dtype == ir.DataType.UINT8 and _constant(v) is None]
     inside = [v for v in node.outputs if v.dtype == ir.DataType.UINT8 and not v.is_graph_output()]
-    if node.op_type not in INTEGER_OPERATORS and (inside or (reads and not in_cast)):
+    if not _is_integer_operator(node) and (inside or (reads and not in_cast)):
         name = (inside or reads)[0].name
         yield "uint8-tensor", f"{name} is uint8 inside the graph", "cast to float right behind the graph's input"
     if node.op_type in COMPUTE_OPERATORS:
@@ -248,25 +246,25 @@ def _types(linter: _Linter, node: ir.Node) -> Broken:
 
 def _integers(linter: _Linter, node: ir.Node) -> Broken:
     """Where integers come from and go to."""
-    for index, value in enumerate(node.inputs):
-        constant = _constant(value) if value is not None else None
-        if value is None or constant is None or value.dtype != ir.DataType.INT8 or _is_quantizing(node):
-            continue
-        producer = value.producer()
-        if (producer is None or producer.op_type == "Constant") and not node.op_type.startswith("QLinear"):
-            reason = f"it reads the INT8 constant {value.name} as input {index}, and is no DequantizeLinear"
+    named_elsewhere = _is_quantizing(node) or _is_integer_operator(node)
+    for value in () if named_elsewhere else node.inputs:
+        if _input_type(value) == ir.DataType.INT8 and value is not None and _is_stored(value):
+            reason = f"it reads the INT8 constant {value.name} and is no DequantizeLinear"
             yield "int8-constant", reason, "put DequantizeLinear right behind the constant"
-    if node.op_type in ("Conv", "ConvTranspose", "Gemm") and len(node.inputs) > 2:
-        source = _producer(node.inputs[2], "DequantizeLinear")
-        if source is not None and source.inputs[0] is not None and source.inputs[0].dtype != ir.DataType.INT32:
+    if node.op_type in ("Conv", "ConvTranspose", "Gemm"):
+        source = _producer(_optional(node, 2), "DequantizeLinear")
+        if source is not None and _input_type(source.inputs[0]) != ir.DataType.INT32:
             yield "quantized-bias", f"its bias is quantized by {_label(source)}", "keep the bias in floating point"
-    if linter.rules.stray_int8:
+    if linter.rules.stray_int8 or not _is_quantizing(node):
         return
-    if node.op_type == "QuantizeLinear" and not all(_ends_in_dequantize(value) for value in node.outputs):
-        yield "stray-int8", "its integers reach something else than DequantizeLinear", "put DequantizeLinear behind it"
-    if node.op_type == "DequantizeLinear" and not _starts_in_quantize(node.inputs[0]):
+    if node.op_type == "QuantizeLinear":
+        integers = node.outputs[0]
+        if integers.is_graph_output() or any(user.op_type != "DequantizeLinear" for user in integers.consumers()):
+            reason = "its integers reach something else than DequantizeLinear"
+            yield "stray-int8", reason, "put DequantizeLinear right behind it"
+    elif _constant(node.inputs[0]) is None and _producer(node.inputs[0], "QuantizeLinear") is None:
         reason = f"{_name(node.inputs[0])} comes neither from QuantizeLinear nor from a constant"
-        yield "stray-int8", reason, "let the graph quantize a floating-point tensor"
+        yield "stray-int8", reason, "put QuantizeLinear right in front of it"
 
 
 def _quantized_type(linter: _Linter, node: ir.Node) -> Broken:
@@ -274,29 +272,28 @@ def _quantized_type(linter: _Linter, node: ir.Node) -> Broken:
     if not _is_quantizing(node):
         return
     source, zero_point = node.inputs[0], _optional(node, 2)
-    kind = _input_type(zero_point)
-    if kind == ir.DataType.UINT8:
-        zeros = (array := _constant(zero_point)) is None or not np.any(array)
+    read, kind = _input_type(source), _input_type(zero_point)
+    array = _constant(zero_point)
+    if kind == ir.DataType.UINT8 and (array is None or not np.any(array)):  # another one is refused anyway
         remedy = "quantize symmetrically: INT8 with an INT8 zero-point of zeros"
-        if zeros:
-            yield "uint8-zero-point", "its zero-point is uint8, so values above 127 would be misread as INT8", remedy
+        yield "uint8-zero-point", "its zero-point is uint8, so values above 127 would be misread as INT8", remedy
     if node.op_type == "QuantizeLinear":
         declared = ir.DataType(node.attributes.get_int("output_dtype", 0))
-        if zero_point is None and declared == ir.DataType.UNDEFINED and not _asks_for_precision(node):
+        if zero_point is None and declared == ir.DataType.UNDEFINED:
             remedy = "give it an INT8 zero-point of zeros"
             yield "uint8-default", "without a zero-point ONNX quantizes to uint8, TensorRT to INT8", remedy
         written = declared if declared != ir.DataType.UNDEFINED else kind
         if written not in (None, *QUANTIZED_TYPES) and not (written == kind == ir.DataType.UINT8):
-            yield "quantized-type", f"it quantizes to {written}", "quantize to INT8"
+            yield "quantized-type", f"it quantizes to {_type_name(written)}", "quantize to INT8"
+        if read not in (None, ir.DataType.DOUBLE, *FLOAT_TYPES):  # DOUBLE is said elsewhere
+            reason = f"it quantizes {_name(source)}, which is {_type_name(read)}"
+            yield "quantized-type", reason, "quantize a floating-point tensor"
         return
-    read = _input_type(source)
     if read == ir.DataType.INT32:
         reason = f"it dequantizes {_name(source)}, which is INT32"
         yield "int32-dequantize", reason, "keep the bias in floating point"
-    elif read == ir.DataType.UINT8 and _producer(source, "QuantizeLinear") is not None:
-        return  # said of that node
-    elif read not in (None, *QUANTIZED_TYPES) and _producer(source, "QuantizeLinear") is None:
-        yield "quantized-type", f"it dequantizes {_name(source)}, which is {read}", "quantize to INT8"
+    elif read not in (None, *QUANTIZED_TYPES) and _producer(source, "QuantizeLinear") is None:  # of a pair, Q is named
+        yield "quantized-type", f"it dequantizes {_name(source)}, which is {_type_name(read)}", "quantize to INT8"
 
 
 def _zero_point(linter: _Linter, node: ir.Node) -> Broken:
@@ -329,7 +326,7 @@ def _scale(linter: _Linter, node: ir.Node) -> Broken:
         yield "scale-opset", reason, "export with opset 19"
     array = _constant(scale)
     if array is None:
-        yield "scale-constant", f"its scale {scale.name} is computed at run time", "calibrate, and store the scale"
+        yield "scale-constant", f"its scale {scale.name} is not stored in the graph", "calibrate, and store the scale"
         return
     if array.size > 1 and linter.opset < 13:
         reason = f"it has a scale per channel, which needs opset 13, and the graph is of opset {linter.opset}"
@@ -347,9 +344,9 @@ def _channels(linter: _Linter, node: ir.Node) -> Broken:
     """The axis of the scales: one scale per output channel of a weight, one in all for an activation."""
     array = _constant(_optional(node, 1)) if _is_quantizing(node) else None
     source = node.inputs[0] if array is not None else None
-    if array is None or source is None:
+    if array is None or source is None or linter.opset < 13:  # no axis before; said with the scale
         return
-    shape = source.shape if source.shape is not None else None
+    shape = source.shape
     rank = shape.rank() if shape is not None else None
     blocked = node.attributes.get_int("block_size", 0) != 0
     axis = node.attributes.get_int("axis", 1)
@@ -370,10 +367,15 @@ def _channels(linter: _Linter, node: ir.Node) -> Broken:
     if weight is None or _constant(weight) is None:
         if _producer(source, "QuantizeLinear") is None:  # of a pair, the Q is named
             reason = f"{_name(source)} is no constant and has {array.size} scales"
-            yield "activation-axis", reason, "use one scale for the tensor"
+            yield "activation-axis", reason, "use one scale for the tensor; if it is a weight, fold the constants"
         return
     if "axis" not in node.attributes and linter.rules.default_axis != 1:
-        yield "default-axis", "it has a scale per channel and no axis", "write the axis attribute"
+        read = "this TensorRT 0" if linter.rules.default_axis == 0 else "other versions of TensorRT 0"
+        yield (
+            "default-axis",
+            f"it has a scale per channel and no axis: ONNX reads 1, {read}",
+            "write the axis attribute",
+        )
     length = shape[axis] if shape is not None and rank is not None and axis < rank else None
     if isinstance(length, int) and length != array.size:
         reason = f"it has {array.size} scales for the {length} channels of axis {axis}"
@@ -397,12 +399,17 @@ _CHECKS: tuple[Callable[[_Linter, ir.Node], Broken], ...] = (
 
 
 def _is_quantizing(node: ir.Node) -> bool:
-    return node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.domain in ("", "ai.onnx")
+    """Whether the parser takes `node` for a Q or DQ: it looks at the name alone."""
+    return node.op_type in ("QuantizeLinear", "DequantizeLinear")
 
 
-def _asks_for_precision(node: ir.Node) -> bool:
-    """Whether `node` has a zero-point input that is there and just not named constant; none is the default uint8."""
-    return len(node.inputs) > 2 and node.inputs[2] is not None
+def _is_integer_operator(node: ir.Node) -> bool:
+    return node.op_type in INTEGER_OPERATORS or node.op_type.startswith("QLinear")
+
+
+def _is_stored(value: ir.Value) -> bool:
+    """Whether `value` itself is an initializer or the output of Constant."""
+    return _constant(value) is not None and (value.producer() is None or _producer(value, "Constant") is not None)
 
 
 def _weight_readers(node: ir.Node) -> Iterator[tuple[ir.Node, int]]:
@@ -425,23 +432,6 @@ def _quantized_source(node: ir.Node) -> ir.Value | None:
     source = node.inputs[0]
     quantize = _producer(source, "QuantizeLinear")
     return quantize.inputs[0] if quantize is not None else source
-
-
-def _ends_in_dequantize(value: ir.Value) -> bool:
-    """Whether only DQ read the integers `value`, possibly behind operators that select or move them."""
-    return not value.is_graph_output() and all(
-        reader.op_type == "DequantizeLinear"
-        or (reader.op_type in VALUE_KEEPING and all(_ends_in_dequantize(output) for output in reader.outputs))
-        for reader, _ in value.uses()
-    )
-
-
-def _starts_in_quantize(value: ir.Value | None) -> bool:
-    """Whether the integers `value` are a constant or come from a Q, possibly through such operators."""
-    producer = value.producer() if value is not None else None
-    if producer is None or producer.op_type in ("QuantizeLinear", "Constant"):
-        return producer is not None or _constant(value) is not None
-    return producer.op_type in VALUE_KEEPING and _starts_in_quantize(producer.inputs[0])
 
 
 def _float_type(value: ir.Value) -> ir.DataType | None:

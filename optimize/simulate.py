@@ -6,16 +6,19 @@ and beyond 65504 it yields infinity.
 
 What is assumed of the device: a kernel computes one node in FP32, accumulators included, and rounds what it stores.
 TensorRT accumulates FP16 convolutions in FP32 or in FP16, as the tactic has it; the latter is less exact than this.
-Every elementwise node rounds; a device that fuses a chain of them, x · sigmoid(x) above all, rounds once and is more
-exact than this.
+Every elementwise node rounds, and so does a convolution in front of QuantizeLinear; a device that fuses them,
+x · sigmoid(x) above all, rounds once or not at all and is more exact than this.
 
-What needs no pair, since rounding there is the identity or is done elsewhere with the same result:
+What needs no pair, since the result is the same:
 
-* operators that select or move values, of tensors that are rounded already;
+* operators that select or move values (VALUE_KEEPING), of tensors that are rounded already;
 * a tensor that only such an operator reads: they are monotonic and their limits FP16 numbers, so that rounding behind
-  them is the same. onnxruntime then fuses a convolution with its ReLU;
-* what DequantizeLinear gives a convolution or matrix product: on the device it multiplies the integers;
-* what an integer convolution or matrix product gives QuantizeLinear: the kernel requantizes its accumulator.
+  them is as good. onnxruntime then fuses a convolution with its ReLU;
+* what DequantizeLinear gives a convolution or matrix product: on the device it multiplies the integers.
+
+Between DequantizeLinear and the next QuantizeLinear there is always a pair, so that onnxruntime fuses no integer
+kernel: convolutions of integers run in float32, on weights that are dequantized here. That is faster (EfficientNet-B0:
+2.2 instead of 2.4 times FP32), does not depend on VNNI, and is exact but for float32's order of summation.
 """
 
 from __future__ import annotations
@@ -57,12 +60,14 @@ def simulate_fp16(model: ir.Model) -> ir.Model:
             )
     _widen_initializers(graph)
     halves = [value for node in graph for value in node.outputs if value.dtype == ir.DataType.FLOAT16]
-    _widen_casts(graph)
+    _round(graph, halves)
     for value in halves:
         value.type = ir.TensorType(ir.DataType.FLOAT)
-    _round(graph, halves)
+    _widen_casts(graph)
+    for value in halves:
+        _dequantize_constant(graph, value)
     IdentityEliminationPass()(simulated)
-    return signed_to_unsigned(simulated)
+    return simulated
 
 
 def _widen_initializers(graph: ir.Graph) -> None:
@@ -73,16 +78,15 @@ def _widen_initializers(graph: ir.Graph) -> None:
 
 
 def _widen_casts(graph: ir.Graph) -> None:
-    """Casts to FP16 yield float32, which is rounded later; one between the two floating types does nothing any more."""
-    floating = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    """Casts yield the type that their output has by now; those from float32 to float32 do nothing any more."""
     for node in graph:
-        if node.op_type != "Cast" or node.outputs[0].dtype not in floating:
+        if node.op_type != "Cast":
             continue
-        source = node.inputs[0]
-        if source is not None and source.dtype in floating:
+        source, result = node.inputs[0], node.outputs[0]
+        if source is not None and source.dtype == result.dtype == ir.DataType.FLOAT:
             node.op_type = "Identity"
             node.attributes.clear()
-        else:
+        elif result.dtype == ir.DataType.FLOAT:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
 
 
@@ -98,30 +102,11 @@ def _round(graph: ir.Graph, halves: list[ir.Value]) -> None:
         if len(readers) == 1 and readers[0].op_type in VALUE_KEEPING and readers[0].outputs[0] in halves:
             stored_later.add(value)
             continue
-        uses = [use for use in value.uses() if not _reads_integers(value, use.node)]
+        uses = list(value.uses())
+        if node.op_type == "DequantizeLinear":
+            uses = [use for use in uses if use.node.op_type not in COMPUTE_OPERATORS]
         if uses:
             _insert_pair(graph, value, uses)
-
-
-def _reads_integers(value: ir.Value, reader: ir.Node) -> bool:
-    """Whether `reader` takes the integers behind float `value`, so that the device stores no FP16 in between."""
-    producer = value.producer()
-    if reader.op_type in COMPUTE_OPERATORS:
-        return producer is not None and producer.op_type == "DequantizeLinear"
-    return reader.op_type == "QuantizeLinear" and len(value.uses()) == 1 and _is_integer_result(value)
-
-
-def _is_integer_result(value: ir.Value) -> bool:
-    """Whether an integer kernel computes `value`: integers alone, a convolution or matrix product of integers."""
-    node = value.producer()
-    if node is None or node.op_type == "DequantizeLinear":
-        return node is not None
-    operands = node.inputs[:2] if node.op_type in COMPUTE_OPERATORS else node.inputs
-    if node.op_type in COMPUTE_OPERATORS:
-        producers = [operand.producer() if operand is not None else None for operand in operands]
-        return all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers)
-    computed = [operand for operand in operands if operand is not None and operand.const_value is None]
-    return node.op_type in VALUE_KEEPING and all(_is_integer_result(operand) for operand in computed)
 
 
 def _insert_pair(graph: ir.Graph, value: ir.Value, uses: Sequence[tuple[ir.Node, int]]) -> None:
@@ -136,6 +121,30 @@ def _insert_pair(graph: ir.Graph, value: ir.Value, uses: Sequence[tuple[ir.Node,
     for node, index in uses:
         node.replace_input_with(index, wide.outputs[0])
     graph.insert_after(producer, (narrow, wide))
+
+
+def _dequantize_constant(graph: ir.Graph, value: ir.Value) -> None:
+    """If DequantizeLinear yields `value` from constants, makes it an initializer: scale · (integer − zero_point)."""
+    node = value.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return
+    tensors = [ir.convenience.get_const_tensor(source) if source is not None else None for source in node.inputs]
+    if tensors[0] is None or tensors[1] is None:
+        return
+    integers, scale = tensors[0].numpy().astype(np.float32), tensors[1].numpy()
+    zero_point = tensors[2].numpy() if len(tensors) > 2 and tensors[2] is not None else np.zeros_like(scale)
+    along = [1] * integers.ndim
+    if scale.size > 1:  # per channel
+        along[node.attributes.get_int("axis", 1)] = -1
+    values = (integers - zero_point.reshape(along).astype(np.float32)) * scale.reshape(along)
+    sources = [source for source in node.inputs if source is not None]
+    constant = ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(ir.DataType.FLOAT))
+    constant.const_value = ir.tensor(values, name=constant.name)
+    value.replace_all_uses_with(constant)
+    graph.remove(node, safe=True)
+    graph.register_initializer(constant)
+    for source in sources:
+        _remove_if_unused(graph, source)
 
 
 def signed_to_unsigned(model: ir.Model) -> ir.Model:
@@ -183,5 +192,9 @@ def _replace_zero_point(graph: ir.Graph, node: ir.Node) -> None:
         value.const_value = ir.tensor(zero_point, name=name)
         graph.register_initializer(value)
     node.replace_input_with(2, graph.initializers[name])
-    if not old.uses() and old.is_initializer() and not old.is_graph_output():
-        del graph.initializers[str(old.name)]
+    _remove_if_unused(graph, old)
+
+
+def _remove_if_unused(graph: ir.Graph, constant: ir.Value) -> None:
+    if not constant.uses() and constant.is_initializer() and not constant.is_graph_output():
+        del graph.initializers[str(constant.name)]

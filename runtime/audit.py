@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .specs import Kernel, LayerPrecision, PlannedLayer
 
-__all__ = ["MISSING", "Traffic", "audited", "deviations", "share_of_work", "traffic"]
+__all__ = ["MISSING", "Traffic", "audited", "deviations", "shares_of_work", "traffic"]
 
 MISSING = "missing"
 """The actual precision of a layer that no kernel claims."""
@@ -49,8 +49,8 @@ def audited(planned: Iterable[PlannedLayer], kernels: Sequence[Kernel]) -> tuple
         running.update(dict.fromkeys(kernel.sources, kernel))
     layers = []
     for layer in planned:
-        kernel = running.get(layer.name)
-        actual, name = (kernel.precision, kernel.name) if kernel is not None else (MISSING, "")
+        found = running.get(layer.name)
+        actual, name = (found.precision, found.name) if found is not None else (MISSING, "")
         layers.append(LayerPrecision(layer.name, layer.operator, layer.precision, actual, layer.macs, name))
     return tuple(layers)
 
@@ -60,13 +60,11 @@ def _precedence(kernel: Kernel) -> tuple[bool, int]:
     return kernel.computes, WIDENING.index(kernel.precision) if kernel.precision in WIDENING else len(WIDENING)
 
 
-def share_of_work(layers: Iterable[LayerPrecision | PlannedLayer], precision: str) -> float:
-    """The share of all MACs, 0…1, that runs (of planned layers: is to run) in `precision`; 0 without any layer."""
-    counted = [
-        (layer.macs, layer.precision if isinstance(layer, PlannedLayer) else layer.actual) for layer in layers
-    ]
-    total = sum(macs for macs, _ in counted)
-    return sum(macs for macs, found in counted if found == precision) / total if total else 0.0
+def shares_of_work(layers: Sequence[LayerPrecision], precision: str) -> tuple[float, float]:
+    """The shares of all MACs, 0…1, that were planned for `precision` and that really run in it; 0 without any layer."""
+    total = sum(layer.macs for layer in layers) or 1
+    planned = sum(layer.macs for layer in layers if layer.requested == precision)
+    return planned / total, sum(layer.macs for layer in layers if layer.actual == precision) / total
 
 
 def deviations(layers: Iterable[LayerPrecision]) -> tuple[LayerPrecision, ...]:

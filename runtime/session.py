@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from .backends import backend_named
 from .backends.base import Runner
+from .engine_files import ENGINES_FOLDER, description_of, read_info, verified_bytes
 from .errors import DataError, EngineError, WorkspaceError
-from .files import read_json, sha256_of
+from .files import read_json
 from .preprocess import ImageLike
 from .specs import EngineInfo, TensorSpec
 
-__all__ = ["ENGINES_FOLDER", "REPORT_FILE", "Prediction", "Session"]
+__all__ = ["REPORT_FILE", "Prediction", "Session"]
 
-ENGINES_FOLDER = "engines"
 REPORT_FILE = "report.json"
 CLASSIFY_BATCH = 16
 REBUILD = "run edgewright engine MODEL again"
@@ -60,22 +60,15 @@ class Session:
         path = Path(path)
         if path.is_dir():
             described, why = _pick(path, backend, precision)
-        elif path.is_file() and not path.with_suffix(".json").is_file():
-            raise EngineError(
-                f"{path} is not an engine: no {path.stem}.json describes it",
-                f"engines are in build/MODEL/{ENGINES_FOLDER}",
-            )
-        elif path.is_file():
-            described, why = path.with_suffix(".json"), f"{path.name} was named"
         else:
-            raise EngineError(f"there is no engine or build folder {path}", "run edgewright engine MODEL first")
-        info = _read_info(described)
+            described, why = description_of(path), f"{path.name} was named"
+        info = read_info(described)
         if (backend or info.backend) != info.backend or (precision or info.precision) != info.precision:
             raise EngineError(
                 f"{path} is {info.backend} {info.precision}, asked for was {backend or 'any'} {precision or 'any'}"
             )
         loader = backend_named(info.backend)
-        engine = _verified_bytes(described.with_suffix(loader.suffix), info)
+        engine = verified_bytes(described.with_suffix(loader.suffix), info)
         classes = info.outputs[0].shape[-1]
         if classes != len(info.labels):
             raise EngineError(f"{described} names {len(info.labels)} labels for {classes} classes", "build it again")
@@ -143,7 +136,7 @@ def _pick(folder: Path, backend: str | None, precision: str | None) -> tuple[Pat
             raise EngineError(f"{folder / REPORT_FILE} is damaged ({error!r})", REBUILD) from error
     fitting: list[tuple[Path, EngineInfo]] = []
     for path in sorted((folder / ENGINES_FOLDER).glob("*.json")):
-        info = _read_info(path)
+        info = read_info(path)
         if backend in (None, info.backend) and precision in (None, info.precision):
             fitting.append((path, info))
     wanted = " ".join(word for word in (backend, precision) if word) or "recommended"
@@ -168,22 +161,3 @@ def _report_of(folder: Path) -> dict[str, Any]:
     if not isinstance(report, dict):
         raise EngineError(f"{folder / REPORT_FILE} is not a report", REBUILD)
     return report
-
-
-def _read_info(path: Path) -> EngineInfo:
-    try:
-        return EngineInfo.from_json(read_json(path))
-    except WorkspaceError as error:
-        raise EngineError(f"no description of the engine: {error.message}", "build it again") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise EngineError(f"{path} does not describe an engine ({error!r})", "build it again") from error
-
-
-def _verified_bytes(path: Path, info: EngineInfo) -> bytes:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise EngineError(f"cannot read {path}: {error.strerror}", "build it again") from error
-    if sha256_of(content) != info.engine_sha256:
-        raise EngineError(f"{path} is not the engine that was built (its SHA-256 differs)", "build it again")
-    return content

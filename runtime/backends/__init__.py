@@ -5,10 +5,14 @@ from __future__ import annotations
 from ..errors import EngineError
 from .base import Absence, Backend, BuildRequest, Built, Compiled, Runner
 from .onnxruntime_cpu import OnnxRuntimeBackend
+from .tensorrt_gpu import TensorRtBackend
+from .tensorrt_rtx import TensorRtRtxBackend
 
 __all__ = ["BACKENDS", "Absence", "Backend", "BuildRequest", "Built", "Compiled", "Runner", "backend_named"]
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (OnnxRuntimeBackend(),)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (OnnxRuntimeBackend(), TensorRtRtxBackend(), TensorRtBackend())
+}
 
 
 def backend_named(name: str) -> Backend:

@@ -14,7 +14,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..audit import audited, deviations, share_of_work
+from ..audit import audited, deviations, shares_of_work
 from ..errors import BuildError, EngineError
 from ..specs import BatchProfile, Kernel, LayerPrecision, PlannedLayer, TensorSpec
 
@@ -184,7 +184,7 @@ class Backend(ABC):
         if wrong:
             named = ", ".join(f"{layer.name} ({layer.requested} → {layer.actual})" for layer in wrong[:NAMED_LAYERS])
             more = f" and {len(wrong) - NAMED_LAYERS} more" if len(wrong) > NAMED_LAYERS else ""
-            found, planned = (share_of_work(some, request.precision) for some in (layers, request.planned))
+            planned, found = shares_of_work(layers, request.precision)
             raise BuildError(
                 f"{self.name} runs {100 * found:.1f} % of the work in {request.precision}, planned were "
                 f"{100 * planned:.1f} %: {named}{more}",

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..errors import BuildError, EngineError
 from ..specs import Kernel, PlannedLayer, TensorSpec
 from .base import Absence, Backend, BuildRequest, Compiled, Runner
+from .naming import layer_run_by
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -171,24 +172,9 @@ def _kernels(events: list[dict[str, Any]], planned: tuple[PlannedLayer, ...]) ->
         kernels[name] = Kernel(
             name=name,
             kind=operator,
-            sources=_sources(name, planned) if computes else (),
+            sources=layer_run_by(name, planned) if computes else (),
             precision=PRECISION_OF_TYPE.get(kind, kind),
             bytes_read=int(details.get("activation_size", 0)) + int(details.get("parameter_size", 0)),
             bytes_written=int(details.get("output_size", 0)),
         )
     return tuple(kernels.values())
-
-
-def _sources(kernel: str, planned: tuple[PlannedLayer, ...]) -> tuple[str, ...]:
-    """The planned layer that a kernel runs.
-
-    onnxruntime calls a kernel after the node or tensor that ends it, with an ending of its own: a convolution and its
-    Clip are "features.0.2/Clip_nchwc".
-    """
-    fitting = [
-        (len(name), layer.name)
-        for layer in planned
-        for name in (layer.name, *layer.aliases)
-        if kernel == name or kernel.startswith((f"{name}_", f"{name}/", f"{name}::"))
-    ]
-    return (max(fitting)[1],) if fitting else ()

@@ -1,12 +1,13 @@
 """Builds an engine with TensorRT or TensorRT-RTX: one code for both packages, from TensorRT 10.3 to 11.
 
-Precision lies in the graph: FP16 tensors, or explicit Q/DQ. The network is strongly typed, so the builder may not change
-it; weak typing, where it may, is gone in TensorRT 11. Every call that can fail says so by None or False, and each is
-checked here.
+Precision lies in the graph: FP16 tensors, or explicit Q/DQ. The network is strongly typed, so the builder may not
+change it; weak typing, where it may, is gone in TensorRT 11. Every call that can fail says so by None or False, and
+each is checked here.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -31,6 +32,7 @@ DTYPES = {
     "INT64": "int64",
     "BOOL": "bool",
 }
+_one_build = threading.Lock()  # another build's layers would come into the log, and TensorRT-RTX has state, see below
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,8 @@ def build_engine(trt: ModuleType, request: BuildRequest, compute_capability: str
     `compute_capability` names the GPU architecture to build for, as in `trt.ComputeCapability` ("SM86"), None for the
     GPU of this machine; only TensorRT-RTX builds for another. Raises `BuildError` with TensorRT's own words.
     """
-    with recorded(trt) as log:
-        try:
-            return _built(trt, request, compute_capability, log)
-        except BuildError:
-            if compute_capability is not None:
-                _forget_target(trt)
-            raise
+    with _one_build, recorded(trt) as log:
+        return _built(trt, request, compute_capability, log)
 
 
 def product_of(trt: ModuleType) -> str:
@@ -95,7 +92,10 @@ def _built(trt: ModuleType, request: BuildRequest, compute_capability: str | Non
     cache = _timing_cache(trt, config, request.timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise _refused(trt, request, log)
+        error = _refused(trt, request, log)
+        if compute_capability is not None:
+            _forget_target(trt)
+        raise error
     return Plan(
         engine=bytes(plan),
         inputs=tuple(spec_of(tensor.name, tensor.shape, tensor.dtype) for tensor in inputs),
@@ -127,19 +127,21 @@ def _parser_error(trt: ModuleType, error: Any) -> str:
 def _add_profile(builder: Any, config: Any, inputs: Sequence[Any], request: BuildRequest) -> BatchProfile:
     """The batch sizes that the engine will take; tells the builder, if the graph's batch is dynamic."""
     wanted = request.profile
-    if request.dla is not None and not wanted.minimum == wanted.optimum == wanted.maximum:
-        raise BuildError(
-            f"the DLA takes one batch size, given were {wanted.minimum}, {wanted.optimum}, {wanted.maximum}",
-            "give the same minimum, optimum and maximum",
-        )
     shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
     for name, shape in shapes.items():
         if DYNAMIC in shape[1:]:
-            raise BuildError(f"input {name!r} has the shape {list(shape)}: only the batch, its first axis, may be dynamic")
+            raise BuildError(
+                f"input {name!r} has the shape {list(shape)}: only the batch, its first axis, may be dynamic"
+            )
     dynamic = {name: shape[1:] for name, shape in shapes.items() if shape[:1] == (DYNAMIC,)}
     if not dynamic:
-        fixed = next(iter(shapes.values()))[0]
+        fixed = next((shape[0] for shape in shapes.values() if shape), 1)
         return BatchProfile(fixed, fixed, fixed)
+    if request.dla is not None and wanted.minimum != wanted.maximum:
+        raise BuildError(
+            f"the DLA takes one batch size, given were {wanted.minimum} to {wanted.maximum}",
+            "give the same minimum, optimum and maximum",
+        )
     profile = builder.create_optimization_profile()
     for name, rest in dynamic.items():
         profile.set_shape(name, *((batch, *rest) for batch in (wanted.minimum, wanted.optimum, wanted.maximum)))
@@ -190,8 +192,8 @@ def _refused(trt: ModuleType, request: BuildRequest, log: Log) -> BuildError:
     target = f" for {request.target}" if request.target else ""
     remedy = ""
     if "workspace" in cause:
-        limit = "no limit" if request.workspace is None else f"{request.workspace:,} bytes"
-        remedy = f"raise the workspace limit ({limit} now), or build for smaller batches"
+        limit = "none" if request.workspace is None else f"{request.workspace:,} B"
+        remedy = f"raise the limit of the workspace (now {limit}), or build for smaller batches"
     return BuildError(f"{product_of(trt)} built no engine{target}: {cause}", remedy)
 
 

@@ -18,7 +18,7 @@ from ..specs import Kernel
 
 __all__ = ["kernels_of_inspector", "kernels_of_log"]
 
-HEADING = "Layers:"
+HEADING = "Layers:\n"
 LAYER = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: .*?, StreamId: \d+, Metadata: (?P<metadata>.*)"
@@ -33,7 +33,9 @@ HOST_ONLY = ("shape_call", "ShapeHostToDeviceCopy")  # compute shapes: no kernel
 COMPUTE_WORDS = ("correlation", "conv", "gemm", "matrixmultiply", "matmul", "fusion")  # also in CaskGemmConvolution
 
 # The words of both forms: "Half", "Row major linear FP16 format", "Thirty-two wide … row major Int8 format."
-TYPE = re.compile(r"\b(BFloat16|BF16|Half|FP16|Float|FP32|Int8|INT8|UInt8|Uint8|Bool|Int32|INT32|Int64|INT64|FP8|Int4|FP4)\b")
+TYPE = re.compile(
+    r"\b(BFloat16|BF16|Half|FP16|Float|FP32|Int8|INT8|UInt8|Uint8|Bool|Int32|INT32|Int64|INT64|FP8|Int4|FP4)\b"
+)
 TYPES: dict[str, tuple[str, int]] = {  # the precision it stands for, and bits
     "float": ("fp32", 32),
     "fp32": ("fp32", 32),
@@ -85,7 +87,7 @@ def kernels_of_log(messages: Iterable[str]) -> tuple[Kernel, ...]:
             listing = message
     if listing is None:
         raise _unreadable("the builder listed no layers")
-    lines = listing.removeprefix(HEADING).strip("\n").split("\n")
+    lines = listing.removeprefix(HEADING).split("\n")
     end = lines.index("") if "" in lines else len(lines)  # what follows are inputs and outputs
     return _kernels(_of_line(line) for line in lines[:end])
 
@@ -196,7 +198,9 @@ def _of_product(inputs: list[Tensor], constants: list[Tensor], outputs: list[Ten
     Scales and biases are constants too, and the output of an INT8 product is a float: the weights decide, the largest
     constant with more than one axis. Where they are not listed, they are an input or hidden, and the inputs decide.
     """
-    weights = max((tensor for tensor in constants if len(tensor.dimensions) > 1), key=lambda t: t.elements, default=None)
+    weights = max(
+        (tensor for tensor in constants if len(tensor.dimensions) > 1), key=lambda t: t.elements, default=None
+    )
     read = {tensor.precision for tensor in inputs}
     if weights is not None and weights.precision in FLOATS:
         return weights.precision

@@ -11,18 +11,17 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Log", "one_line", "recorded"]
+__all__ = ["Log", "logger_of", "one_line", "recorded"]
 
 # A build ahead of time needs no driver, but each error is followed by the complaint that there is none.
 NO_DRIVER = re.compile(r"\(cudaError 35:|catchCudaError")
 # The parser's errors are asked for one by one, with the node's name; the log repeats them in four lines each.
 PARSER_ECHO = re.compile(r"^(ModelImporter\.cpp:|In node )")
-_recording = threading.Lock()
 
 
 @dataclass
 class Log:
-    """What was said during one recording: errors, and everything at the level of detail that lists an engine's layers."""
+    """What was said during one recording: errors, and the details, among which a builder lists an engine's layers."""
 
     errors: list[str] = field(default_factory=list)
     details: list[str] = field(default_factory=list)
@@ -36,44 +35,49 @@ class Log:
 
 @contextmanager
 def recorded(trt: ModuleType) -> Iterator[Log]:
-    """Keeps what `trt` logs inside the `with`; one recording at a time, others wait."""
-    logger = _logger_of(trt)
-    with _recording:
-        logger.current = log = Log()
-        try:
-            yield log
-        finally:
-            logger.current = Log()
+    """Keeps what `trt` logs inside the `with`; what happens at the same time in other threads comes along."""
+    log = Log()
+    logger = logger_of(trt)
+    logger.keep(log)
+    try:
+        yield log
+    finally:
+        logger.drop(log)
 
 
 @functools.cache
-def _logger_of(trt: ModuleType) -> Any:
-    """The one logger of this process and package, kept for good.
+def logger_of(trt: ModuleType) -> Any:
+    """What builders, parsers and runtimes are made with: the one logger of this process and package, kept for good.
 
     TensorRT keeps the first logger it is given, for all builders and runtimes, and its objects call it when they are
     freed: a second one would be ignored, and a freed one called.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]  # the package is known at run time only
-        """Passes on to whoever records."""
+        """Passes on to those that record."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)  # what pybind11 asks for, instead of super()
-            self.current = Log()
+            self._logs: tuple[Log, ...] = ()
+            self._lock = threading.Lock()
+
+        def keep(self, log: Log) -> None:
+            with self._lock:
+                self._logs = (*self._logs, log)
+
+        def drop(self, log: Log) -> None:
+            with self._lock:
+                self._logs = tuple(other for other in self._logs if other is not log)
 
         def log(self, severity: Any, text: str) -> None:
             """Called by TensorRT, from any thread; must not raise."""
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.current.errors.append(text)
-            elif severity == trt.ILogger.Severity.VERBOSE:
-                self.current.details.append(text)
+            for log in self._logs:
+                if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
+                    log.errors.append(text)
+                elif severity == trt.ILogger.Severity.VERBOSE:
+                    log.details.append(text)
 
     return Logger()
-
-
-def logger_of(trt: ModuleType) -> Any:
-    """What builders, parsers and runtimes of `trt` are made with."""
-    return _logger_of(trt)
 
 
 def one_line(text: str) -> str:

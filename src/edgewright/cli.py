@@ -35,6 +35,53 @@ def cli() -> None:
     """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
 
 
+def engine_options() -> tuple[Callable[[Command], Command], ...]:
+    """Which engines to build, and how."""
+    return (
+        click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated."),
+        click.option("--precision", "precisions", multiple=True, help="Only this precision; may be repeated."),
+        click.option(
+            "--target",
+            default="sm86,sm89,sm120",
+            show_default=True,
+            help="GPU architectures to build ahead of time for.",
+        ),
+        click.option(
+            "--remainder",
+            type=click.Choice(["fp16", "fp32"]),
+            default="fp16",
+            show_default=True,
+            help="What the layers of an INT8 engine that are not INT8 run in on a GPU.",
+        ),
+        click.option(
+            "--batch", type=BATCHES, default="1,8,32", show_default=True, help="GPU: smallest, usual, largest."
+        ),
+        click.option(
+            "--workspace", type=click.IntRange(1), metavar="MIB", help="GPU: the most scratch memory of a layer."
+        ),
+        click.option("--dla", type=click.IntRange(0), metavar="CORE", help="Jetson: run on this DLA core."),
+    )
+
+
+class _Batches(click.ParamType):
+    """Three batch sizes, such as 1,8,32, or one for all three."""
+
+    name = "n[,n,n]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
+        if isinstance(value, tuple):
+            return value
+        words = str(value).split(",")
+        if len(words) not in (1, 3) or not all(word.strip().isdigit() for word in words):
+            self.fail(f"{value!r} is not one batch size or three", param, ctx)
+        sizes = [int(word) for word in words]
+        smallest, usual, largest = sizes * 3 if len(sizes) == 1 else sizes
+        return smallest, usual, largest
+
+
+BATCHES = _Batches()
+
+
 def model_options(command: Command) -> Command:
     """The options of every command that runs stages."""
     decorators = (
@@ -60,6 +107,7 @@ def model_options(command: Command) -> Command:
             help="Budget: the largest loss of top-1, in points.",
         ),
         click.option("--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."),
+        *engine_options(),
         click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
     )
     for decorator in reversed(decorators):
@@ -113,10 +161,19 @@ def _words(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _options(max_drop: float, **arguments: Any) -> Options:
+def _options(
+    max_drop: float, target: str, batch: tuple[int, int, int], workspace: int | None, **arguments: Any
+) -> Options:
     from edgewright.pipeline import Options
+    from edgewright.runtime.specs import BatchProfile
 
-    return Options(budget=max_drop / 100, **arguments)
+    return Options(
+        budget=max_drop / 100,
+        targets=tuple(dict.fromkeys(word.strip() for word in target.split(",") if word.strip())),
+        profile=BatchProfile(*batch),
+        workspace=None if workspace is None else workspace << 20,
+        **arguments,
+    )
 
 
 @pipeline_command
@@ -148,14 +205,22 @@ def calibrate(pipeline: Pipeline) -> dict[str, Any]:
 
 @pipeline_command
 def quantize(pipeline: Pipeline) -> dict[str, Any]:
-    """Write the INT8 graph with explicit Q/DQ."""
-    artifact = pipeline.quantized("cpu")
-    facts = pipeline.runs[-1].facts
-    return {
-        "path": str(pipeline.workspace.path(artifact.path)),
-        "int8_layers": facts["int8_layers"],
-        "layers": facts["layers"],
-    }
+    """Write the FP16 graph and the INT8 graphs with explicit Q/DQ, one for each dialect."""
+    from edgewright.pipeline import DIALECTS
+
+    graphs: list[dict[str, Any]] = [{"graph": "fp16", "path": str(pipeline.workspace.path(pipeline.half.path))}]
+    for dialect in DIALECTS:
+        artifact = pipeline.quantized(dialect)
+        facts = pipeline.runs[-1].facts
+        graphs.append(
+            {
+                "graph": f"int8-{dialect}",
+                "path": str(pipeline.workspace.path(artifact.path)),
+                "int8_layers": facts["int8_layers"],
+                "layers": facts["layers"],
+            }
+        )
+    return {"graphs": graphs}
 
 
 @pipeline_command
@@ -167,6 +232,7 @@ def build(pipeline: Pipeline) -> dict[str, Any]:
             {
                 "backend": row.backend,
                 "precision": row.precision,
+                "target": row.target,
                 "path": row.path and str(pipeline.workspace.path(row.path)),
                 "actual": row.info.actual_precision if row.info else {},
                 "status": row.status,
@@ -212,6 +278,24 @@ def engine(**arguments: Any) -> int:
 def verify(**arguments: Any) -> int:
     """Compare every engine with PyTorch on the evaluation images; builds what is missing."""
     return _prove(**arguments)
+
+
+@cli.command()
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+def audit(engine: Path, as_json: bool) -> None:
+    """What an ENGINE file really runs: each kernel, what was fused into it, its precision and its traffic."""
+    from edgewright.report import audit_document, audit_line, audit_table
+    from edgewright.runtime.engine_files import description_of, read_info, verified_bytes
+
+    info = read_info(description_of(engine))
+    verified_bytes(engine, info)
+    if as_json:
+        click.echo(json.dumps(audit_document(info, str(engine)), indent=1))
+        return
+    from edgewright.console import print_audit
+
+    print_audit(audit_table(info), audit_line(info))
 
 
 @cli.command()

@@ -13,12 +13,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from edgewright.outcome import Outcome
 from edgewright.report import engine_table, remarks, stage_line, verdict_line
 from edgewright.workspace import Observer, StageRun
 
-__all__ = ["ConsoleObserver", "print_outcome"]
+__all__ = ["ConsoleObserver", "print_audit", "print_outcome"]
 
 SECONDS_BEFORE_BAR = 2.0
 WIDEST_TABLE = 200  # columns; wider than any figures can make it
@@ -66,8 +67,8 @@ class _DelayedBar:
 
     def __init__(self, console: Console, stage: str) -> None:
         self._progress = Progress(
-            TextColumn("  {task.description:<24}"),
-            BarColumn(bar_width=24),
+            TextColumn("  {task.description:<29}"),
+            BarColumn(bar_width=20),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
             console=console,
@@ -110,6 +111,14 @@ def print_outcome(outcome: Outcome, folder: Path) -> None:
     plain.print(verdict_line(outcome, str(folder)), markup=False, style="bold")
 
 
+def print_audit(table: Table, line: str) -> None:
+    """The kernels of an engine and what they come to, on stdout."""
+    console = Console(highlight=False)
+    console.print(table)
+    console.print()
+    Console(highlight=False, soft_wrap=True).print(line, markup=False, style="bold")
+
+
 def _note(run: StageRun) -> str:
     """What a stage says beside its seconds."""
     facts: Mapping[str, Any] = run.facts
@@ -118,8 +127,12 @@ def _note(run: StageRun) -> str:
         return f"{facts['folded']} batch norms folded{left}, differs by {facts['difference']:.0e}"
     if run.name == "calibrate":
         return f"{facts['images']} images, {facts['tensors']} activations"
-    if run.name == "quantize":
+    if run.name == "cast fp16":
+        kept = f", {len(facts['fp32'])} of {facts['nodes']} nodes stay fp32" if facts["fp32"] else ""
+        return f"{facts['casts']} casts{kept}"
+    if run.name.startswith("quantize"):
         return f"{facts['int8_layers']} of {facts['layers']} layers to INT8"
     if run.name.startswith("build"):
-        return ", ".join(f"{count} × {precision}" for precision, count in facts["actual"].items())
+        counts = ", ".join(f"{count} × {precision}" for precision, count in facts["actual"].items())
+        return counts if facts["share"] > 0.995 else f"{counts} ({100 * facts['share']:.0f} % of the work)"
     return ""

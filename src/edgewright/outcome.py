@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from edgewright.runtime.audit import Traffic, traffic
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.parity import Parity, Verdict
 from edgewright.runtime.specs import EngineInfo
 from edgewright.workspace import StageRun
 
-__all__ = ["EngineRow", "Outcome", "Reference", "conclusion"]
+__all__ = ["EngineRow", "Outcome", "Reference", "TargetChoice", "conclusion", "target_choices"]
+
+WORTH_IT = 0.97
+"""INT8 is taken for a target only if it moves at most this share of FP16's bytes: less is not worth any loss."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,25 @@ class EngineRow:
     parity: Parity | None = None
     verdict: Verdict | None = None
     latency: Latency | None = None
+
+    @property
+    def ran(self) -> bool:
+        """Whether the engine itself was run here, not only a simulation of it."""
+        return self.parity is not None and self.parity.source == "engine"
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """Launches and bytes of one run at batch 1, as far as the backend lists them."""
+        return None if self.info is None else traffic(self.info.kernels)
+
+
+@dataclass(frozen=True)
+class TargetChoice:
+    """Which of the engines for a GPU that is not here to take there, and why."""
+
+    target: str
+    row: EngineRow
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,7 @@ class Outcome:
     stages: tuple[StageRun, ...]
     reference: Reference
     rows: tuple[EngineRow, ...]
+    targets: tuple[TargetChoice, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
 
@@ -65,3 +89,38 @@ def conclusion(rows: Sequence[EngineRow]) -> tuple[str, EngineRow | None]:
         if fitting:
             return verdict, min(fitting, key=speed) if verdict == "pass" else None
     return "fail", None
+
+
+def target_choices(rows: Sequence[EngineRow]) -> tuple[TargetChoice, ...]:
+    """For each target whose engines could not be run here, the one to take, by what its kernels move and by simulation.
+
+    INT8 if it passes and needs neither more kernels nor more bytes than FP16, and markedly fewer bytes; else FP16 if
+    it passes.
+    """
+    choices = []
+    for target in dict.fromkeys(row.target for row in rows if row.target is not None and not row.ran):
+        passing = {
+            row.precision: row
+            for row in rows
+            if row.target == target and row.parity is not None and row.reason_code == "pass"
+        }
+        choice = _choice(target, passing.get("fp16"), passing.get("int8"))
+        if choice is not None:
+            choices.append(choice)
+    return tuple(choices)
+
+
+def _choice(target: str, half: EngineRow | None, int8: EngineRow | None) -> TargetChoice | None:
+    if half is None or int8 is None:
+        row = half or int8
+        return None if row is None else TargetChoice(target, row, "the only one that passes")
+    ours, theirs = int8.traffic, half.traffic
+    if ours is None or theirs is None:
+        return TargetChoice(target, half, "what INT8 moves is not known")
+    comparison = f"int8 {_words(ours)}, fp16 {_words(theirs)}"
+    saves = ours.at_most(theirs) and ours.bytes_moved <= WORTH_IT * theirs.bytes_moved
+    return TargetChoice(target, int8 if saves else half, comparison)
+
+
+def _words(traffic: Traffic) -> str:
+    return f"{traffic.kernels} kernels and {traffic.bytes_moved / 1e6:.1f} MB"

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from edgewright.outcome import EngineRow, Outcome
+from edgewright.outcome import EngineRow, Outcome, TargetChoice
+from edgewright.runtime.audit import shares_of_work, traffic
+from edgewright.runtime.specs import EngineInfo
 from edgewright.workspace import FIRST_TIME, StageRun
 
 if TYPE_CHECKING:
+    from rich.box import Box
     from rich.table import Table
 
-__all__ = ["EXIT_CODES", "engine_document", "engine_table", "remarks", "stage_document", "stage_line", "verdict_line"]
+__all__ = [
+    "EXIT_CODES",
+    "audit_document",
+    "audit_line",
+    "audit_table",
+    "engine_document",
+    "engine_table",
+    "remarks",
+    "stage_document",
+    "stage_line",
+    "verdict_line",
+]
 
 EXIT_CODES = {"pass": 0, "fail": 3, "inconclusive": 4}
 SLOWER = 1.02  # below two per cent, batch-1 medians of one machine do not tell engines apart
@@ -35,6 +51,7 @@ def engine_document(outcome: Outcome) -> dict[str, Any]:
             "labelled": outcome.reference.labelled,
         },
         "engines": [_engine(row) for row in outcome.rows],
+        "targets": {choice.target: _target(choice) for choice in outcome.targets},
         "notes": list(outcome.notes),
     }
 
@@ -63,52 +80,172 @@ def _engine(row: EngineRow) -> dict[str, Any]:
         "status": row.status,
         "reason_code": row.reason_code,
         "reason": row.reason,
+        "audit": _audit(row),
         "parity": row.parity.to_json() if row.parity is not None else None,
         "latency_ms": row.latency.to_json() if row.latency is not None else None,
     }
 
 
-def engine_table(outcome: Outcome) -> Table:
-    """A row for the PyTorch reference and one per engine; fits 80 columns."""
-    from rich.box import Box
+def _audit(row: EngineRow) -> dict[str, Any] | None:
+    """What was read back from the engine."""
+    if row.info is None:
+        return None
+    planned, actual = shares_of_work(row.info.layers, row.precision)
+    traffic = row.traffic
+    return {
+        "share_planned": planned,
+        "share_actual": actual,
+        "kernels": len(row.info.kernels),
+        "bytes_read": None if traffic is None else traffic.bytes_read,
+        "bytes_written": None if traffic is None else traffic.bytes_written,
+    }
+
+
+def _target(choice: TargetChoice) -> dict[str, Any]:
+    row = choice.row
+    return {"backend": row.backend, "precision": row.precision, "path": row.path, "reason": choice.reason}
+
+
+def audit_document(info: EngineInfo, path: str) -> dict[str, Any]:
+    """The document `edgewright.audit/1`: each planned layer, each kernel, and what they come to."""
+    planned, actual = shares_of_work(info.layers, info.precision)
+    moved = traffic(info.kernels)
+    return {
+        "schema": "edgewright.audit/1",
+        "engine": path,
+        "backend": info.backend,
+        "precision": {"requested": info.precision, "actual": info.actual_precision},
+        "target": info.target,
+        "share_planned": planned,
+        "share_actual": actual,
+        "kernels": [asdict(kernel) for kernel in info.kernels],
+        "layers": [asdict(layer) for layer in info.layers],
+        "bytes_read": None if moved is None else moved.bytes_read,
+        "bytes_written": None if moved is None else moved.bytes_written,
+        "versions": dict(info.versions),
+    }
+
+
+def audit_table(info: EngineInfo) -> Table:
+    """A row per kernel: what was fused into it, its precision, and what it reads and writes; fits 80 columns."""
     from rich.table import Table
 
-    head_rule = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one space between columns
+    table = Table(box=_head_rule(), show_edge=False, pad_edge=False, padding=0)
+    table.add_column("fused", overflow="fold", ratio=1)
+    for heading in ("kind", "type"):
+        table.add_column(heading, no_wrap=True, max_width=18, overflow="ellipsis")
+    for heading in ("work", "reads", "writes"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    work = {layer.kernel: layer.macs for layer in info.layers}
+    total = sum(work.values()) or 1
+    for kernel in info.kernels:
+        share = f"{100 * work[kernel.name] / total:.1f} %" if kernel.name in work else ""
+        fused = " + ".join(kernel.sources) or kernel.name
+        table.add_row(
+            fused, kernel.kind, kernel.precision, share, _kilobytes(kernel.bytes_read), _kilobytes(kernel.bytes_written)
+        )
+    return table
+
+
+def audit_line(info: EngineInfo) -> str:
+    """What the kernels of an engine come to, in one sentence."""
+    planned, actual = shares_of_work(info.layers, info.precision)
+    moved = traffic(info.kernels)
+    bytes_words = (
+        "" if moved is None else f", {moved.bytes_read / 1e6:.1f} MB read, {moved.bytes_written / 1e6:.1f} written"
+    )
+    counts = ", ".join(f"{count} × {precision}" for precision, count in sorted(info.actual_precision.items()))
+    return (
+        f"{100 * actual:.1f} % of the work in {info.precision} (planned {100 * planned:.1f} %): {counts}; "
+        f"{len(info.kernels)} kernels{bytes_words} at batch 1"
+    )
+
+
+def engine_table(outcome: Outcome) -> Table:
+    """A row for the PyTorch reference and one per engine; fits 80 columns."""
+    from rich.table import Table
+
     reference = outcome.reference
     kind = "" if reference.labelled else ", unlabelled"
     title = f"{outcome.model} on {reference.images:,} images{kind}"
-    table = Table(title=title, box=head_rule, show_edge=False, title_justify="left", pad_edge=False, padding=0)
+    table = Table(title=title, box=_head_rule(), show_edge=False, title_justify="left", pad_edge=False, padding=0)
     table.add_column("backend", no_wrap=True)
     table.add_column("type", no_wrap=True)
     for heading in (
         "size",
-        "top-1 %" if reference.labelled else "agree %",
-        "loss, points [95 %]" if reference.labelled else "differs, % [95 %]",
+        "top-1" if reference.labelled else "agree",
+        "loss, % [95 %]" if reference.labelled else "differs, % [95 %]",
         "latency",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_row("PyTorch", "fp32", "", _percent(reference.top1), "", "", "reference")
     for row in outcome.rows:
-        table.add_row(row.backend, row.precision, _size(row), _accuracy(row), _loss(row), _latency(row), row.status)
+        name = f"{row.backend} {row.target}" if row.target else row.backend
+        table.add_row(name, _type(row), _size(row), _accuracy(row), _loss(row), _latency(row), row.status)
     return table
 
 
+def _head_rule() -> Box:
+    from rich.box import Box
+
+    return Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one space between columns
+
+
+def _type(row: EngineRow) -> str:
+    """The precision, and how much of the work runs in it where that is not all."""
+    if row.info is None:
+        return row.precision
+    _, actual = shares_of_work(row.info.layers, row.precision)
+    return row.precision if actual > 0.995 else f"{row.precision} {100 * actual:.0f}%"
+
+
 def remarks(outcome: Outcome) -> list[str]:
-    """Sentences below the table: why a row is not verified, and what is slower than it should be."""
+    """Sentences below the table: why a row is not verified, what is slower than it should be, what to take where."""
     lines = [f"note: {note}" for note in outcome.notes]
+    lines += _reasons(outcome.rows)
+    lines += _slower(outcome.rows)
     lines += [
-        f"{row.backend} {row.precision}: {row.reason}"
-        for row in outcome.rows
-        if row.status != "verified" and row.reason
+        f"{choice.target}: take {choice.row.backend} {choice.row.precision} there, {choice.row.path} ({choice.reason})"
+        for choice in outcome.targets
     ]
-    measured = {(row.backend, row.precision): row.latency for row in outcome.rows if row.latency is not None}
-    for (backend, precision), latency in measured.items():
-        plain = measured.get((backend, "fp32"))
-        if precision != "fp32" and plain is not None and latency.p50 > SLOWER * plain.p50:
+    return lines
+
+
+def _reasons(rows: Sequence[EngineRow]) -> list[str]:
+    """One line for all rows of a backend with the same reason."""
+    grouped: dict[tuple[str, str], list[EngineRow]] = {}
+    for row in rows:
+        if row.status != "verified" and row.reason:
+            grouped.setdefault((row.backend, row.reason), []).append(row)
+    return [
+        f"{backend} {', '.join(dict.fromkeys(row.precision for row in group))}{_targets_of(group)}: {reason}"
+        for (backend, reason), group in grouped.items()
+    ]
+
+
+def _targets_of(rows: Sequence[EngineRow]) -> str:
+    targets = dict.fromkeys(row.target for row in rows if row.target)
+    return f" for {', '.join(targets)}" if targets else ""
+
+
+def _slower(rows: Sequence[EngineRow]) -> list[str]:
+    """Where INT8 is slower than FP32, or moves more bytes in more kernels than FP16."""
+    lines = []
+    by_name = {(row.backend, row.target, row.precision): row for row in rows}
+    for row in rows:
+        plain = by_name.get((row.backend, row.target, "fp32"))
+        if row.latency and plain and plain.latency and row.latency.p50 > SLOWER * plain.latency.p50:
             lines.append(
-                f"{backend} {precision} is slower than fp32 here: "
-                f"{latency.p50:.2f} against {plain.p50:.2f} ms at batch 1"
+                f"{row.backend} {row.precision} is slower than fp32 here: "
+                f"{row.latency.p50:.2f} against {plain.latency.p50:.2f} ms at batch 1"
+            )
+        half = by_name.get((row.backend, row.target, "fp16"))
+        ours, theirs = row.traffic, half.traffic if half is not None else None
+        if row.precision == "int8" and ours and theirs and not ours.at_most(theirs):
+            lines.append(
+                f"{row.backend} int8{_targets_of([row])} needs more than fp16: {ours.kernels} kernels and "
+                f"{ours.bytes_moved / 1e6:.1f} MB against {theirs.kernels} and {theirs.bytes_moved / 1e6:.1f} at batch 1"
             )
     return lines
 
@@ -149,6 +286,10 @@ def _latency(row: EngineRow) -> str:
     return "" if row.latency is None else f"{_short(row.latency.p50, 2)} ms"
 
 
+def _kilobytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e3:.0f} kB"
+
+
 def _short(value: float, digits: int) -> str:
     """Digits behind the point only where they say something: the table has 80 columns."""
     return f"{value:.{digits}f}" if value < 100 else f"{value:.0f}"
@@ -158,4 +299,4 @@ def stage_line(run: StageRun, note: str) -> str:
     """One line for a stage that was made or reused; `note` is what it has to say."""
     what = "reused" if run.cached else f"{run.seconds:.1f} s"
     why = "" if run.cached or run.changed == FIRST_TIME else f"changed: {', '.join(run.changed)}"
-    return "  ".join(part for part in (f"  {run.name:<24} {what:>7}", note, why) if part)
+    return "  ".join(part for part in (f"  {run.name:<29} {what:>7}", note, why) if part)

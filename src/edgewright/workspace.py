@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from typing import Any
 from edgewright.runtime.errors import WorkspaceError
 from edgewright.runtime.files import TEMPORARY_PREFIX, read_json, sha256_of, sha256_of_file, write_json
 
-__all__ = ["FIRST_TIME", "Observer", "StageRun", "Workspace", "library_versions", "source_hash"]
+__all__ = ["FIRST_TIME", "Observer", "StageRun", "Workspace", "library_versions", "machine", "source_hash"]
 
 LOCK_FILE = ".lock"
 KEY_SUFFIX = ".key.json"
@@ -210,3 +211,14 @@ def library_versions(*distributions: str) -> str:
         except metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def machine() -> str:
+    """The processor and its number of cores, which engines' numbers and speed depend on."""
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    except OSError:
+        pass  # not Linux: the platform's name has to do
+    return f"{model}, {os.cpu_count()} cores"

@@ -130,9 +130,11 @@ def test_inside_is_fp16_and_the_borders_are_fp32() -> None:
 
 
 def test_weights_are_rounded_to_nearest_even() -> None:
-    ties = np.float32([1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11, 65504, 65503, 2**-24, 2**-25, 3 * 2**-25, 1 / 3])
+    ties = np.array(
+        [1 + 2**-11, 1 + 3 * 2**-11, -1 - 2**-11, 65504, 65503, 2**-24, 2**-25, 3 * 2**-25, 1 / 3], np.float32
+    )
     result = cast(graph("[add] c = Add (x, k) [conv] y = Conv (c, w)", "float[N, 3, 8, 9] x", k=ties, w=W))
-    expected = np.float64([1, 1 + 2**-9, -1, 65504, 65504, 2**-24, 0, 2**-23, 1365 / 4096])
+    expected = np.array([1, 1 + 2**-9, -1, 65504, 65504, 2**-24, 0, 2**-23, 1365 / 4096], np.float64)
     assert initializer(result, "k").dtype == np.float16
     assert np.array_equal(initializer(result, "k").astype(np.float64), expected)
 
@@ -240,8 +242,9 @@ def test_tiny_channel(operator: str, factor: float, expected: str) -> None:
     weight = np.ones(shape, np.float32)
     weight[channel] *= factor
     name = "v" if "v)" in operator else "w"
+    constants: dict[str, Any] = {name: weight}
     outputs = "float[N, C, H] y" if name == "v" else MAPS
-    assert precision(cast(graph(f"[a] y = {operator}", outputs=outputs, **{name: weight})), "a") == expected
+    assert precision(cast(graph(f"[a] y = {operator}", outputs=outputs, **constants)), "a") == expected
 
 
 @pytest.mark.parametrize("transposed", [0, 1])
@@ -277,13 +280,13 @@ def test_tiny_bias_counts_for_nothing() -> None:
 
 
 def test_tiny_factor() -> None:
-    result = cast(graph("[m] c = Mul (x, k) [a] y = Conv (c, w)", k=np.float32([1e-6]), w=W))
+    result = cast(graph("[m] c = Mul (x, k) [a] y = Conv (c, w)", k=np.array([1e-6], np.float32), w=W))
     assert "below the normal numbers" in reason(result, "m")
 
 
 @pytest.mark.parametrize("factor", [[0.0], [1e-6, 1.0, 1.0, 1, 1, 1, 1, 1]])
 def test_factor_of_which_something_is_left(factor: list[float]) -> None:
-    result = cast(graph("[m] c = Mul (x, k) [a] y = Conv (c, w)", k=np.float32(factor), w=W))
+    result = cast(graph("[m] c = Mul (x, k) [a] y = Conv (c, w)", k=np.array(factor, np.float32), w=W))
     assert precision(result, "m") == "fp16"
 
 
@@ -376,7 +379,11 @@ def test_shapes_are_untouched_and_decide_nothing() -> None:
 
 def test_integers_are_untouched() -> None:
     result = cast(
-        graph("[a] i = Add (k, k) [r] c = Reshape (x, i) [e] y = Conv (c, w)", k=np.int64([1, 1, 4, 8]), w=(3, 2, 1, 1))
+        graph(
+            "[a] i = Add (k, k) [r] c = Reshape (x, i) [e] y = Conv (c, w)",
+            k=np.array([1, 1, 4, 8], np.int64),
+            w=(3, 2, 1, 1),
+        )
     )
     assert [d.node for d in result.decisions] == ["r", "e"]
     assert types(result)["i"] == types(result)["k"] == "INT64"
@@ -384,7 +391,7 @@ def test_integers_are_untouched() -> None:
 
 @pytest.mark.parametrize("opset", [18, 19, 20])
 def test_scales_of_resize_stay_float(opset: int) -> None:
-    scales = np.float32([1, 1, 2, 2])
+    scales = np.array([1, 1, 2, 2], np.float32)
     model = graph(
         "[a] c = Conv (x, w) [r] d = Resize (c, roi, s) [e] y = Conv (d, w)",
         opset=opset,
@@ -400,7 +407,7 @@ def test_scales_of_resize_stay_float(opset: int) -> None:
 
 def test_computed_scales_of_resize_get_no_cast() -> None:
     body = "[p] s = Add (k, k) [a] c = Conv (x, w) [r] d = Resize (c, , s) [e] y = Conv (d, w)"
-    model = graph(body, w=W, k=np.float32([0.5, 0.5, 1, 1]))
+    model = graph(body, w=W, k=np.array([0.5, 0.5, 1, 1], np.float32))
     result = cast(model)
     assert result.casts == 2
     assert (precision(result, "r"), types(result)["s"]) == ("fp16", "FLOAT")
@@ -523,9 +530,11 @@ def test_counter_of_casts_can_be_beaten() -> None:
 
 def test_tiny_network(tiny_models: None) -> None:
     source = resolve("tiny")
-    exported = export_onnx(source.build(), source.preprocess.input_shape)
+    shape = source.preprocess.input_shape
+    assert shape is not None
+    exported = export_onnx(source.build(), shape)
     model = fold_batchnorm(ir.from_proto(onnx.load_from_string(exported))).model
-    x = normal("images", 16, *(source.preprocess.input_shape or ()))
+    x = normal("images", 16, *shape)
     result = cast(model, collect(model, [x], identity={}).ranges("minmax"))
     assert result.casts == 2
     assert {d.precision for d in result.decisions} == {"fp16"}

@@ -1,0 +1,102 @@
+"""What all stages of one run share: what was asked for, the model's source, the build folder, and what was made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgewright.calibration.datasets import image_folder
+from edgewright.export.models import ModelSource, resolve
+from edgewright.runtime.backends import BACKENDS
+from edgewright.runtime.errors import BuildError, ModelError
+from edgewright.runtime.parity import DEFAULT_BUDGET
+from edgewright.runtime.specs import BatchProfile
+from edgewright.workspace import Observer, StageRun, Workspace, source_hash
+
+__all__ = ["DEFAULT_TARGETS", "GRAPH_LIBRARIES", "Options", "RunContext"]
+
+DEFAULT_TARGETS = ("sm86", "sm89", "sm120")  # GeForce and RTX boxes of the last three generations
+GRAPH_LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for.
+
+    * weights: "default", another name of the registry, "random" or a file
+    * calibration, evaluation: folders of images; None is what ships with the project, where it does
+    * method: of the activation ranges; budget: largest loss of top-1, a fraction
+    * backends, precisions: which engines to build; empty means all
+    * targets: the GPU architectures to build ahead of time for
+    * remainder: what the layers of an INT8 engine that are not INT8 run in on NVIDIA's targets, "fp16" or "fp32"
+    * profile: batch sizes of GPU engines; workspace: bytes of scratch memory for them, None for all there is
+    * dla: the DLA core of a Jetson, None for the GPU
+    * threads: of the CPU engines, 0 for all cores
+    """
+
+    model: str
+    weights: str = "default"
+    build_dir: Path = Path("build")
+    opset: int = 19
+    calibration: Path | None = None
+    evaluation: Path | None = None
+    allow_overlap: bool = False
+    method: str = "mse"
+    budget: float = DEFAULT_BUDGET
+    backends: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ()
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    remainder: str = "fp16"
+    profile: BatchProfile = field(default_factory=BatchProfile)
+    workspace: int | None = None
+    dla: int | None = None
+    threads: int = 0
+
+
+class RunContext:
+    """One run in one build folder. Raises at once where the options contradict what is known without work."""
+
+    def __init__(self, options: Options, observer: Observer | None = None) -> None:
+        self.options = options
+        _check_choice("backend", options.backends, tuple(BACKENDS))
+        _check_choice("precision", options.precisions, _all("precisions"))
+        _check_choice("target", options.targets, _all("targets"))
+        self.source: ModelSource = resolve(options.model, options.weights)
+        shape = self.source.preprocess.input_shape
+        if shape is None:
+            raise ModelError(f"{options.model} has no fixed input size", "give its preprocessing a crop")
+        self.input_shape: tuple[int, int, int] = shape
+        for folder in (options.calibration, options.evaluation):
+            if folder is not None:
+                image_folder(folder)  # says before the first stage what is wrong without knowing the labels
+        self.observer = observer or Observer()
+        self.workspace = Workspace(options.build_dir / options.model, self.observer)
+        self.runs: list[StageRun] = []
+
+    def stage(
+        self,
+        name: str,
+        parts: Mapping[str, str],
+        outputs: Sequence[str],
+        make: Callable[[], Mapping[str, Any]],
+        *,
+        code: str,
+    ) -> StageRun:
+        """Makes or reuses a stage; `code` is the source file that makes it, so that its change is noticed."""
+        parts = {**parts, "stage code": source_hash("context.py", code)}
+        run = self.workspace.stage(name, parts, outputs, make)
+        self.runs.append(run)
+        return run
+
+
+def _all(attribute: str) -> tuple[str, ...]:
+    """The precisions or targets of all backends, each once, in order."""
+    return tuple(dict.fromkeys(word for backend in BACKENDS.values() for word in getattr(backend, attribute)))
+
+
+def _check_choice(kind: str, words: Sequence[str], known: Sequence[str]) -> None:
+    for word in words:
+        if word not in known:
+            raise BuildError(f"unknown {kind} {word!r}", f"choose from {', '.join(known)}")

@@ -1,0 +1,157 @@
+"""The stage that builds engines: for each backend, precision and target one row of the table."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from edgewright.context import RunContext
+from edgewright.graphs import Graphs
+from edgewright.outcome import EngineRow
+from edgewright.runtime.audit import shares_of_work
+from edgewright.runtime.backends import BACKENDS, Absence, Backend, BuildRequest, Built
+from edgewright.runtime.engine_files import ENGINES_FOLDER
+from edgewright.runtime.errors import BuildError, CalibrationError, QuantizationError
+from edgewright.runtime.files import read_json, sha256_of, write_bytes, write_json
+from edgewright.runtime.session import REPORT_FILE
+from edgewright.runtime.specs import EngineInfo, OnnxArtifact, PlannedLayer
+from edgewright.workspace import machine, source_hash
+
+__all__ = ["Engines"]
+
+CODE = "engines.py"
+NOTHING_TO_GAIN = Absence(
+    "nothing_to_gain", "INT8 would cost this network kernels and bytes wherever it could be used here", "take fp16"
+)
+
+
+class Engines:
+    """The engines of one run."""
+
+    def __init__(self, context: RunContext, graphs: Graphs) -> None:
+        self._context = context
+        self._graphs = graphs
+
+    @functools.cached_property
+    def rows(self) -> tuple[EngineRow, ...]:
+        """A row for every engine that was asked for: built, or skipped or failed with its reason."""
+        return tuple(self._row(*combination) for combination in self._combinations())
+
+    def graph(self, backend: str, precision: str) -> OnnxArtifact:
+        """The graph that an engine is built from: precision lives in it, but for bf16, which is a backend's option."""
+        if precision == "fp16":
+            return self._graphs.half
+        if precision == "int8":
+            return self._graphs.quantized(BACKENDS[backend].dialect).artifact
+        return self._graphs.folded
+
+    def _combinations(self) -> Iterator[tuple[Backend, str, str | None]]:
+        options = self._context.options
+        for name, backend in BACKENDS.items():
+            if name not in (options.backends or BACKENDS):
+                continue
+            for target in [word for word in options.targets if word in backend.targets] if backend.targets else [None]:
+                for precision in backend.precisions:
+                    if precision in (options.precisions or backend.precisions):
+                        yield backend, precision, target
+
+    def _row(self, backend: Backend, precision: str, target: str | None) -> EngineRow:
+        row = EngineRow(backend.name, precision, target, "skipped", "", "")
+        absence = backend.absence() or backend.unsupported(precision, target)
+        if absence is not None:
+            return _without(row, absence)
+        stem = f"{ENGINES_FOLDER}/{'-'.join(word for word in (backend.name, precision, target) if word)}"
+        files = f"{stem}{backend.suffix}", f"{stem}.json"
+        try:
+            graph = self.graph(backend.name, precision)
+            if precision == "int8" and not self._graphs.quantized(backend.dialect).int8_layers:
+                self._context.workspace.forget(REPORT_FILE, *files)
+                return _without(row, NOTHING_TO_GAIN)
+            info = self._built(backend, precision, target, graph, files)
+        except (CalibrationError, QuantizationError) as error:
+            self._context.workspace.forget(REPORT_FILE, *files)  # an engine of an earlier graph
+            return replace(row, status="failed", reason_code="quantization_failed", reason=str(error))
+        except BuildError as error:
+            return replace(row, status="failed", reason_code="build_failed", reason=str(error))
+        return replace(row, status="built_not_run", reason_code="not_evaluated", path=files[0], info=info)
+
+    def _built(
+        self, backend: Backend, precision: str, target: str | None, graph: OnnxArtifact, files: tuple[str, str]
+    ) -> EngineInfo:
+        options, workspace = self._context.options, self._context.workspace
+        timing_file = f"{ENGINES_FOLDER}/{backend.name}.timing"
+
+        def make() -> Mapping[str, Any]:
+            workspace.forget(REPORT_FILE)  # it recommends an engine that this one replaces
+            content = workspace.path(graph.path).read_bytes()
+            timing_cache = workspace.path(timing_file)
+            built = backend.build(
+                BuildRequest(
+                    content,
+                    precision,
+                    _planned(content, precision),
+                    target,
+                    options.profile,
+                    options.workspace,
+                    options.dla,
+                    timing_cache.read_bytes() if timing_cache.is_file() else b"",
+                )
+            )
+            info = _info(backend, precision, target, graph, built)
+            write_bytes(workspace.path(files[0]), built.compiled.engine)
+            write_json(workspace.path(files[1]), info.to_json())
+            if built.compiled.timing_cache:
+                write_bytes(timing_cache, built.compiled.timing_cache)
+            return {"actual": info.actual_precision, "share": shares_of_work(info.layers, precision)[1]}
+
+        parts = {
+            "graph": graph.sha256,
+            "preprocessing": json.dumps(graph.preprocess.to_json()),
+            "labels": json.dumps(graph.labels),
+            "machine": machine(),
+            "backend": f"{backend.name} {backend.version()}",
+            "build code": source_hash("runtime/backends", "runtime/specs.py", "runtime/audit.py", "optimize/work.py"),
+        }
+        if backend.dialect != "cpu":
+            parts["build options"] = f"{options.profile}, workspace {options.workspace}, DLA {options.dla}"
+        name = " ".join(word for word in ("build", backend.name, precision, target) if word)
+        self._context.stage(name, parts, files, make, code=CODE)
+        return EngineInfo.from_json(read_json(workspace.path(files[1])))
+
+
+def _without(row: EngineRow, absence: Absence) -> EngineRow:
+    return replace(row, reason_code=absence.reason_code, reason=f"{absence.reason}; {absence.hint}")
+
+
+def _planned(graph: bytes, precision: str) -> tuple[PlannedLayer, ...]:
+    """What each layer of the graph is to run in; BF16 is no matter of the graph."""
+    import onnx
+    import onnx_ir as ir
+
+    from edgewright.optimize.work import planned_layers
+
+    layers = planned_layers(ir.from_proto(onnx.load_from_string(graph)))
+    return tuple(replace(layer, precision="bf16") for layer in layers) if precision == "bf16" else layers
+
+
+def _info(backend: Backend, precision: str, target: str | None, graph: OnnxArtifact, built: Built) -> EngineInfo:
+    compiled = built.compiled
+    return EngineInfo(
+        backend=backend.name,
+        precision=precision,
+        target=target,
+        inputs=compiled.inputs,
+        outputs=compiled.outputs,
+        preprocess=graph.preprocess,
+        labels=graph.labels,
+        onnx_sha256=graph.sha256,
+        engine_sha256=sha256_of(compiled.engine),
+        bytes=len(compiled.engine),
+        layers=built.layers,
+        kernels=compiled.kernels,
+        profile=compiled.profile,
+        versions=compiled.versions,
+    )

@@ -1,0 +1,272 @@
+"""The stages that make graphs: export → fold → calibrate → cast to FP16 and quantize.
+
+Each property makes its stage and those before it, or reuses what has not changed. torch and onnx are imported only
+where a stage is really made.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from edgewright.calibration.datasets import check_disjoint, image_folder
+from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
+from edgewright.calibration.image_set import ImageSet
+from edgewright.calibration.stream import batches
+from edgewright.context import GRAPH_LIBRARIES, RunContext
+from edgewright.runtime.errors import DataError
+from edgewright.runtime.files import read_json, sha256_of, sha256_of_file, write_bytes, write_json
+from edgewright.runtime.specs import OnnxArtifact, TensorSpec
+from edgewright.workspace import StageRun, library_versions, source_hash
+
+__all__ = ["Graphs", "QuantizedArtifact"]
+
+CODE = "graphs.py"
+CHECK_SEED = 21
+MODEL_FILE, FOLDED_FILE, CALIBRATION_FILE = "model.onnx", "folded.onnx", "calibration.json"
+PLAN_SCHEMA = "edgewright.plan/1"
+
+
+@dataclass(frozen=True)
+class QuantizedArtifact:
+    """A quantized graph, and how many of its convolutions and matrix products are INT8."""
+
+    artifact: OnnxArtifact
+    int8_layers: int
+
+
+class Graphs:
+    """The graphs of one run, and the images that they are calibrated with."""
+
+    def __init__(self, context: RunContext) -> None:
+        self._context = context
+        self._options = context.options
+        self._workspace = context.workspace
+        self._quantized: dict[str, QuantizedArtifact] = {}
+
+    @functools.cached_property
+    def reference_module(self) -> Any:
+        """The PyTorch model."""
+        return self._context.source.build()
+
+    @functools.cached_property
+    def exported(self) -> OnnxArtifact:
+        """The ONNX graph of the PyTorch model, equal to it, batch normalization visible."""
+        source, opset, input_shape = self._context.source, self._options.opset, self._context.input_shape
+
+        def make() -> Mapping[str, Any]:
+            from edgewright.export.to_onnx import INPUT_NAME, OUTPUT_NAME, export_onnx
+
+            content = export_onnx(self.reference_module, input_shape, opset=opset)
+            labels = source.labels()
+            write_bytes(self._workspace.path(MODEL_FILE), content)
+            artifact = OnnxArtifact(
+                path=MODEL_FILE,
+                sha256=sha256_of(content),
+                opset=opset,
+                inputs=(TensorSpec(INPUT_NAME, (None, *input_shape), "float32"),),
+                outputs=(TensorSpec(OUTPUT_NAME, (None, len(labels)), "float32"),),
+                preprocess=source.preprocess,
+                labels=labels,
+            )
+            return artifact.to_json()
+
+        parts = {
+            "model": self._options.model,
+            "weights": source.fingerprint,
+            "preprocessing": json.dumps(source.preprocess.to_json()),
+            "opset": str(opset),
+            "export code": source_hash("export", "runtime/preprocess.py"),
+            "libraries": library_versions("torch", "torchvision", *GRAPH_LIBRARIES),
+        }
+        return OnnxArtifact.from_json(self._stage("export", parts, (MODEL_FILE,), make).facts)
+
+    @functools.cached_property
+    def folded(self) -> OnnxArtifact:
+        """The exported graph with its batch normalization folded into the convolutions."""
+        before = self.exported
+
+        def make() -> Mapping[str, Any]:
+            import onnx_ir as ir
+
+            from edgewright.optimize.fold_batchnorm import fold_batchnorm
+            from edgewright.optimize.passes import run_passes
+            from edgewright.optimize.verify import check_equivalent
+
+            model = ir.load(self._workspace.path(before.path))
+            result = run_passes(model, (fold_batchnorm,))
+            proto = ir.to_proto(result.model)
+            rng = np.random.default_rng(CHECK_SEED)
+            images = rng.standard_normal((2, *self._context.input_shape), np.float32)
+            difference = check_equivalent(ir.to_proto(model), proto, feeds={before.inputs[0].name: images})
+            content = proto.SerializeToString()
+            write_bytes(self._workspace.path(FOLDED_FILE), content)
+            return {
+                "artifact": replace(before, path=FOLDED_FILE, sha256=sha256_of(content)).to_json(),
+                "folded": result.changed,
+                "skipped": [vars(skip) for skip in result.skipped],
+                "difference": difference,
+            }
+
+        parts = {
+            "graph": before.sha256,
+            "preprocessing": json.dumps(before.preprocess.to_json()),
+            "labels": json.dumps(before.labels),
+            "fold code": source_hash("optimize/passes.py", "optimize/fold_batchnorm.py", "optimize/verify.py"),
+            "libraries": library_versions(*GRAPH_LIBRARIES),
+        }
+        return OnnxArtifact.from_json(self._stage("fold", parts, (FOLDED_FILE,), make).facts["artifact"])
+
+    @functools.cached_property
+    def calibrated(self) -> str:
+        """SHA-256 of `calibration.json`: a histogram of every activation over the calibration images, labels unseen."""
+        graph = self.folded
+        images = self.calibration_images
+        identity = {
+            "graph": graph.sha256,
+            "images": images.identity,
+            "preprocessing": json.dumps(graph.preprocess.to_json()),
+            "calibration code": source_hash(
+                *(f"calibration/{file}.py" for file in ("collect", "observers", "ranges", "stream")),
+                "runtime/preprocess.py",
+            ),
+            "libraries": library_versions("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow"),
+        }
+
+        def make() -> Mapping[str, Any]:
+            import onnx_ir as ir
+
+            from edgewright.calibration.collect import BATCH_SIZE, collect
+
+            table = collect(
+                ir.load(self._workspace.path(graph.path)),
+                batches(images, graph.preprocess, BATCH_SIZE),
+                identity=identity,
+                threads=self._options.threads,
+                progress=lambda done: self._context.observer.progressed("calibrate", done, len(images)),
+            )
+            write_json(self._workspace.path(CALIBRATION_FILE), table.to_json())
+            return {"images": table.samples, "tensors": len(table.histograms)}
+
+        self._stage("calibrate", identity, (CALIBRATION_FILE,), make)
+        return sha256_of_file(self._workspace.path(CALIBRATION_FILE))
+
+    @functools.cached_property
+    def half(self) -> OnnxArtifact:
+        """The folded graph in FP16, for NVIDIA's targets."""
+        graph, file, plan_file = self.folded, "fp16.onnx", "plan-fp16.json"
+
+        def make() -> Mapping[str, Any]:
+            from edgewright.optimize.dialects import half_graph
+
+            result = half_graph(*self._folded_and_table())
+            decisions = [vars(decision) for decision in result.decisions]
+            write_json(self._workspace.path(plan_file), {"schema": PLAN_SCHEMA, "decisions": decisions})
+            return {
+                "artifact": replace(graph, path=file, sha256=self._written(file, result.model)).to_json(),
+                "casts": result.casts,
+                "nodes": len(decisions),
+                "fp32": [decision for decision in decisions if decision["precision"] == "fp32"],
+            }
+
+        run = self._stage("cast fp16", self._rewriting_parts(), (file, plan_file), make)
+        return OnnxArtifact.from_json(run.facts["artifact"])
+
+    def quantized(self, dialect: str) -> QuantizedArtifact:
+        """The folded graph with explicit Q/DQ in `dialect`."""
+        if dialect not in self._quantized:
+            self._quantized[dialect] = self._quantize(dialect)
+        return self._quantized[dialect]
+
+    def _quantize(self, dialect: str) -> QuantizedArtifact:
+        graph, file, plan_file = self.folded, f"int8-{dialect}.onnx", f"plan-{dialect}.json"
+
+        def make() -> Mapping[str, Any]:
+            from edgewright.optimize.dialects import quantized_graph
+            from edgewright.optimize.plan import COMPUTE_OPERATORS
+
+            model, table = self._folded_and_table()
+            result = quantized_graph(
+                dialect, model, table, method=self._options.method, remainder=self._options.remainder
+            )
+            write_json(self._workspace.path(plan_file), result.plan.to_json())
+            return {
+                "artifact": replace(graph, path=file, sha256=self._written(file, result.model)).to_json(),
+                "int8_layers": result.int8_layers,
+                "layers": sum(decision.operator in COMPUTE_OPERATORS for decision in result.plan.decisions),
+            }
+
+        parts = {**self._rewriting_parts(), "method": self._options.method}
+        if dialect != "cpu":
+            parts["remainder"] = self._options.remainder
+        run = self._stage(f"quantize {dialect}", parts, (file, plan_file), make)
+        return QuantizedArtifact(OnnxArtifact.from_json(run.facts["artifact"]), run.facts["int8_layers"])
+
+    @functools.cached_property
+    def calibration_images(self) -> ImageSet:
+        """Disjoint from the evaluation images, without labels."""
+        folder = self._options.calibration
+        images = self.shipped(fashion_mnist_calibration, "calibration") if folder is None else image_folder(folder)
+        if self._options.evaluation is not None or self._context.source.data is not None:
+            check_disjoint(images, self.evaluation_images, allow_overlap=self._options.allow_overlap)
+        return replace(images, labels=None)  # ranges are chosen without labels, so their change changes nothing
+
+    @functools.cached_property
+    def evaluation_images(self) -> ImageSet:
+        """They only judge."""
+        folder = self._options.evaluation
+        if folder is None:
+            return self.shipped(fashion_mnist_test, "evaluation")
+        return image_folder(folder, self.exported.labels)
+
+    def check_images(self) -> None:
+        """Says before the slow stages what is wrong with the images. Raises `DataError`."""
+        if self._options.calibration is None:
+            self.shipped(fashion_mnist_calibration, "calibration")
+        _ = self.evaluation_images
+
+    def shipped(self, images: Callable[[], ImageSet], use: str) -> ImageSet:
+        """The images that come with the model's weights. Raises `DataError` if there are none."""
+        if self._context.source.data == "fashion_mnist":
+            return images()
+        raise DataError(
+            f"{self._options.model} with weights {self._options.weights!r} brings no {use} images of its own",
+            f"give --{use} DIR with photographs like those it will see; random data is never used",
+        )
+
+    def _rewriting_parts(self) -> dict[str, str]:
+        return {
+            "graph": self.folded.sha256,
+            "calibration": self.calibrated,
+            "rewriting code": source_hash("optimize", "calibration/observers.py", "calibration/ranges.py"),
+            "libraries": library_versions(*GRAPH_LIBRARIES),
+        }
+
+    def _folded_and_table(self) -> tuple[Any, Any]:
+        import onnx_ir as ir
+
+        from edgewright.calibration.collect import CalibrationTable
+
+        content = read_json(self._workspace.path(CALIBRATION_FILE))
+        return ir.load(self._workspace.path(self.folded.path)), CalibrationTable.from_json(content)
+
+    def _written(self, file: str, model: Any) -> str:
+        """Checks and writes a graph; its SHA-256."""
+        import onnx
+        import onnx_ir as ir
+
+        proto = ir.to_proto(model)
+        onnx.checker.check_model(proto, full_check=True)
+        content = proto.SerializeToString()
+        write_bytes(self._workspace.path(file), content)
+        return sha256_of(content)
+
+    def _stage(
+        self, name: str, parts: Mapping[str, str], outputs: tuple[str, ...], make: Callable[[], Mapping[str, Any]]
+    ) -> StageRun:
+        return self._context.stage(name, parts, outputs, make, code=CODE)
