@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .specs import Kernel, LayerPrecision, PlannedLayer
 
-__all__ = ["MISSING", "Traffic", "audited", "deviations", "shares_of_work", "traffic"]
+__all__ = ["MISSING", "Traffic", "audited", "deviations", "in_words", "shares_of_work", "traffic"]
 
 MISSING = "missing"
 """The actual precision of a layer that no kernel claims."""
@@ -79,3 +79,8 @@ def traffic(kernels: Sequence[Kernel]) -> Traffic | None:
     if not kernels or len(read) < len(kernels) or len(written) < len(kernels):
         return None
     return Traffic(len(kernels), sum(read), sum(written))
+
+
+def in_words(traffic: Traffic) -> str:
+    """Such as "52 kernels and 28.8 MB"."""
+    return f"{traffic.kernels} kernels and {traffic.bytes_moved / 1e6:.1f} MB"

@@ -279,6 +279,7 @@ def _kernel(node: Any, name: str, kind: str, planned: tuple[PlannedLayer, ...]) 
         precision=PRECISION_OF_TYPE.get(kind_of_data, kind_of_data),
         bytes_read=_bytes_of(node.input_values()),
         bytes_written=_bytes_of(node.outputs()),
+        computes=computes,
     )
 
 

@@ -63,23 +63,13 @@ def engine_options() -> tuple[Callable[[Command], Command], ...]:
     )
 
 
-class _Batches(click.ParamType):
+def _batch_sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
     """Three batch sizes, such as 1,8,32, or one for all three."""
-
-    name = "n[,n,n]"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int, int]:
-        if isinstance(value, tuple):
-            return value
-        words = str(value).split(",")
-        if len(words) not in (1, 3) or not all(word.strip().isdigit() for word in words):
-            self.fail(f"{value!r} is not one batch size or three", param, ctx)
-        sizes = [int(word) for word in words]
-        smallest, usual, largest = sizes * 3 if len(sizes) == 1 else sizes
-        return smallest, usual, largest
-
-
-BATCHES = _Batches()
+    words = [word.strip() for word in value.split(",")]
+    if len(words) not in (1, 3) or not all(word.isdigit() for word in words):
+        raise click.BadParameter(f"{value!r} is neither one batch size nor three")
+    smallest, usual, largest = [int(word) for word in words] * (3 // len(words))
+    return smallest, usual, largest
 
 
 def model_options(command: Command) -> Command:

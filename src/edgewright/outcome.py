@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from edgewright.runtime.audit import Traffic, traffic
+from edgewright.runtime.audit import Traffic, in_words, traffic
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.parity import Parity, Verdict
 from edgewright.runtime.specs import EngineInfo
@@ -117,10 +117,6 @@ def _choice(target: str, half: EngineRow | None, int8: EngineRow | None) -> Targ
     ours, theirs = int8.traffic, half.traffic
     if ours is None or theirs is None:
         return TargetChoice(target, half, "what INT8 moves is not known")
-    comparison = f"int8 {_words(ours)}, fp16 {_words(theirs)}"
+    comparison = f"int8 {in_words(ours)}, fp16 {in_words(theirs)}"
     saves = ours.at_most(theirs) and ours.bytes_moved <= WORTH_IT * theirs.bytes_moved
     return TargetChoice(target, int8 if saves else half, comparison)
-
-
-def _words(traffic: Traffic) -> str:
-    return f"{traffic.kernels} kernels and {traffic.bytes_moved / 1e6:.1f} MB"

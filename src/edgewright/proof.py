@@ -30,6 +30,7 @@ from edgewright.runtime.errors import EngineError
 from edgewright.runtime.files import write_bytes
 from edgewright.runtime.latency import Latency, measure_interleaved
 from edgewright.runtime.parity import STATUS_OF_VERDICT, compare, judge
+from edgewright.runtime.specs import OnnxArtifact
 from edgewright.workspace import library_versions, machine, source_hash
 
 __all__ = ["Proof"]
@@ -59,6 +60,7 @@ class Proof:
         self._graphs = graphs
         self._engines = engines
         self._kept: list[NDArray[np.float32]] = []
+        self._simulated: dict[str, Logits] = {}
 
     @functools.cached_property
     def reference(self) -> Logits:
@@ -160,6 +162,11 @@ class Proof:
     def _simulated_logits(self, row: EngineRow) -> Logits:
         """One simulation serves all targets whose engines are built from the same graph."""
         graph = self._engines.graph(row.backend, row.precision)
+        if graph.path not in self._simulated:
+            self._simulated[graph.path] = self._simulate(graph)
+        return self._simulated[graph.path]
+
+    def _simulate(self, graph: OnnxArtifact) -> Logits:
         stem = graph.path.removesuffix(".onnx")
         threads = self._context.options.threads
 

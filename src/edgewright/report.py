@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from edgewright.outcome import EngineRow, Outcome, TargetChoice
-from edgewright.runtime.audit import shares_of_work, traffic
+from edgewright.runtime.audit import in_words, shares_of_work, traffic
 from edgewright.runtime.specs import EngineInfo
 from edgewright.workspace import FIRST_TIME, StageRun
 
@@ -172,10 +172,10 @@ def engine_table(outcome: Outcome) -> Table:
     table.add_column("backend", no_wrap=True)
     table.add_column("type", no_wrap=True)
     for heading in (
-        "size",
+        "MB",
         "top-1" if reference.labelled else "agree",
         "loss, % [95 %]" if reference.labelled else "differs, % [95 %]",
-        "latency",
+        "ms",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
@@ -244,8 +244,8 @@ def _slower(rows: Sequence[EngineRow]) -> list[str]:
         ours, theirs = row.traffic, half.traffic if half is not None else None
         if row.precision == "int8" and ours and theirs and not ours.at_most(theirs):
             lines.append(
-                f"{row.backend} int8{_targets_of([row])} needs more than fp16: {ours.kernels} kernels and "
-                f"{ours.bytes_moved / 1e6:.1f} MB against {theirs.kernels} and {theirs.bytes_moved / 1e6:.1f} at batch 1"
+                f"{row.backend} int8{_targets_of([row])} needs more than fp16 at batch 1: {in_words(ours)} against "
+                f"{in_words(theirs)}"
             )
     return lines
 
@@ -266,7 +266,7 @@ def _percent(share: float | None) -> str:
 
 
 def _size(row: EngineRow) -> str:
-    return "" if row.info is None else f"{_short(row.info.bytes / 1e6, 1)} MB"
+    return "" if row.info is None else _short(row.info.bytes / 1e6, 1)
 
 
 def _accuracy(row: EngineRow) -> str:
@@ -283,7 +283,7 @@ def _loss(row: EngineRow) -> str:
 
 
 def _latency(row: EngineRow) -> str:
-    return "" if row.latency is None else f"{_short(row.latency.p50, 2)} ms"
+    return "" if row.latency is None else _short(row.latency.p50, 2)
 
 
 def _kilobytes(count: int | None) -> str:
