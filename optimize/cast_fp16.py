@@ -79,8 +79,8 @@ def cast_fp16(model: ir.Model, ranges: Mapping[str, Range]) -> CastResult:
     """A copy of FP32 `model` with FP16 tensors inside; `ranges` are the calibrated extremes per activation tensor.
 
     Requires a topologically sorted graph, folded (`fold_batchnorm`), with the types of all tensors (as shape inference
-    leaves them). Tensors keep their names, graph inputs and outputs their types too; what a Cast of `x` yields is
-    called `x::fp16` or `x::fp32`. Constant nodes become initializers.
+    leaves them). Tensors keep their names, graph inputs and outputs their types too; a Cast of `x` yields `x::fp16` or
+    `x::fp32`. Constant nodes become initializers.
 
     Raises `QuantizationError` if a node has subgraphs, a tensor has no type, or an initializer is not finite.
     """
@@ -126,20 +126,16 @@ def _check(node: ir.Node, opsets: Mapping[str, int], ranges: Mapping[str, Range]
         return indices
     if node.op_type in SENSITIVE_OPERATORS:
         raise _StaysFloatError(SENSITIVE_OPERATORS[node.op_type])
-    results = [output for output in node.outputs if _is_float(output)]
-    for value in (*(node.inputs[index] for index in indices), *results):
+    for value in (*(node.inputs[index] for index in indices), *filter(_is_float, node.outputs)):
         assert value is not None
         _check_magnitude(node, value, ranges)
-    if node.op_type in COMPUTE_OPERATORS and constant_weight(node) is not None:
+    if node.op_type in COMPUTE_OPERATORS:
         _check_channels(node, ranges)
     return indices
 
 
 def _fp16_inputs(node: ir.Node, opsets: Mapping[str, int]) -> tuple[int, ...]:
-    """Indices of the float inputs for which the ONNX specification allows FP16; the scales of Resize are none of them.
-
-    Raises _StaysFloatError where a float output does not follow them, or there are none.
-    """
+    """Indices of the float inputs that may be FP16 in ONNX, unlike Resize's scales; _StaysFloatError if outputs cannot."""
     try:
         schema = onnx.defs.get_schema(node.op_type, opsets.get(node.domain, 1), node.domain)
     except onnx.defs.SchemaError:
@@ -186,10 +182,10 @@ def _check_channels(node: ir.Node, ranges: Mapping[str, Range]) -> None:
     It does not where rounding them changes the output by less than rounding the output does anyway, which is about
     the channel's bias. Such are the dead channels that folding leaves where gamma is almost 0: most networks have some.
     """
-    (source, weight), bias = node.inputs[:2], node.inputs[2] if len(node.inputs) > 2 else None
-    assert source is not None
-    assert weight is not None
-    assert weight.const_value is not None
+    source, weight = node.inputs[0], constant_weight(node)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if source is None or weight is None or weight.const_value is None:
+        return
     rows = _rows(node, weight.const_value.numpy())
     maxima = np.abs(rows).max(axis=1, initial=0.0)
     biases = np.zeros(len(rows))
@@ -268,14 +264,13 @@ def _retype(graph: ir.Graph, halves: Mapping[ir.Node, tuple[int, ...]]) -> int:
 def _convert_constant(graph: ir.Graph, value: ir.Value, uses: Uses) -> None:
     """FP16 for `uses`: in place, or beside the FP32 form if that has other readers."""
     assert value.const_value is not None
-    half = value
-    if len(uses) < len(value.uses()) or value.is_graph_output():
-        half = ir.Value(name=f"{value.name}::{FP16}", shape=value.shape)
-        for node, index in uses:
-            node.replace_input_with(index, half)
+    alone = len(uses) == len(value.uses()) and not value.is_graph_output()
+    half = value if alone else ir.Value(name=f"{value.name}::{FP16}", shape=value.shape)
+    for node, index in uses:
+        node.replace_input_with(index, half)
     half.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=half.name)  # to nearest even
     half.type = ir.TensorType(ir.DataType.FLOAT16)
-    if half is not value:
+    if not alone:
         graph.register_initializer(half)
 
 
@@ -292,10 +287,8 @@ def _insert_cast(graph: ir.Graph, value: ir.Value, uses: Uses, data_type: ir.Dat
         for position, output in enumerate(graph.outputs):
             if output is value:
                 graph.outputs[position] = result
-    if (producer := value.producer()) is not None:
-        graph.insert_after(producer, cast)
-    else:
-        graph.insert_before(graph[0], cast)
+    producer = value.producer()
+    graph.insert_after(producer, cast) if producer is not None else graph.insert_before(graph[0], cast)
 
 
 def _is_float(value: ir.Value | None) -> bool:

@@ -54,7 +54,11 @@ def engine_options() -> tuple[Callable[[Command], Command], ...]:
             help="What the layers of an INT8 engine that are not INT8 run in on a GPU.",
         ),
         click.option(
-            "--batch", type=BATCHES, default="1,8,32", show_default=True, help="GPU: smallest, usual, largest."
+            "--batch",
+            callback=_batch_sizes,
+            default="1,8,32",
+            show_default=True,
+            help="GPU: smallest, usual and largest batch, or one size.",
         ),
         click.option(
             "--workspace", type=click.IntRange(1), metavar="MIB", help="GPU: the most scratch memory of a layer."

@@ -40,7 +40,7 @@ def request(precision: str, target: str | None = "sm86", **options: Any) -> Buil
 def quantized(body: str = QUANTIZED, **changes: Any) -> BuildRequest:
     """The INT8 graph with another body and other initializers; None removes one."""
     arrays = {**quantized_arrays(), **changes}
-    content = serialized(body, **{name: array for name, array in arrays.items() if array is not None})
+    content = serialized(body, {name: array for name, array in arrays.items() if array is not None})
     return BuildRequest(content, "int8", planned("int8"), "sm86")
 
 
@@ -81,7 +81,7 @@ def test_each_target_builds_in_the_planned_precision(precision: str, target: str
 @pytest.mark.parametrize("target", ["sm80", "sm120"])
 def test_int8_with_scales_per_channel_and_per_tensor(target: str, per_tensor: bool) -> None:
     body = QUANTIZED.replace(" <axis = 0> ", " ") if per_tensor else QUANTIZED
-    content = serialized(body, **quantized_arrays(per_tensor=per_tensor))
+    content = serialized(body, quantized_arrays(per_tensor=per_tensor))
     built = RTX.build(BuildRequest(content, "int8", planned("int8"), target))
     assert [layer.actual for layer in built.layers] == ["int8", "int8", "fp16"]
 
@@ -124,7 +124,7 @@ def test_a_fixed_batch_needs_no_profile() -> None:
 def test_odd_node_names_are_found() -> None:
     odd = "a, b]/[c] {d} LayerType: é"
     body = QUANTIZED.replace("[conv] ", "")
-    content = serialized(body, **quantized_arrays())
+    content = serialized(body, quantized_arrays())
     import onnx
 
     proto = onnx.load_from_string(content)
@@ -198,7 +198,7 @@ def test_bytes_that_are_no_graph() -> None:
 
 
 def test_an_unknown_operator_is_named() -> None:
-    content = serialized("[bar] y = Foo (x)", "float[N, 8] x", "float[N, 8] y")
+    content = serialized("[bar] y = Foo (x)", {}, "float[N, 8] x", "float[N, 8] y")
     with pytest.raises(BuildError, match=r"TensorRT-RTX has no importer for operator Foo \(node bar\)") as caught:
         RTX.compile(BuildRequest(content, "fp32", (), "sm86"))
     assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def normal(name: str, *shape: int) -> Array:
     return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
 
 
-def serialized(body: str, inputs: str = INPUT, outputs: str = OUTPUT, **arrays: Array) -> bytes:
+def serialized(body: str, arrays: Mapping[str, Array], inputs: str = INPUT, outputs: str = OUTPUT) -> bytes:
     """The graph with `arrays` as its initializers."""
     proto = onnx.parser.parse_model(
         f'<ir_version: 10, opset_import: ["": 19]> agraph ({inputs}) => ({outputs}) {{ {body} }}'
@@ -91,13 +92,13 @@ def quantized_arrays(scale_type: type = np.float16, *, per_tensor: bool = False)
     return arrays
 
 
-def graph(precision: str, **changes: Any) -> bytes:
-    """The small network in "fp32", "fp16" or "int8" (convolutions only, the rest FP16)."""
+def graph(precision: str, **sides: str) -> bytes:
+    """The small network in "fp32", "fp16" or "int8" (convolutions only, the rest FP16); `sides`: inputs, outputs."""
     if precision == "fp32":
-        return serialized(FLOAT, **changes, **float_arrays())
+        return serialized(FLOAT, float_arrays(), **sides)
     if precision == "fp16":
-        return serialized(HALF, **changes, **half_arrays())
-    return serialized(QUANTIZED, **changes, **quantized_arrays())
+        return serialized(HALF, half_arrays(), **sides)
+    return serialized(QUANTIZED, quantized_arrays(), **sides)
 
 
 def planned(precision: str) -> tuple[PlannedLayer, ...]:
