@@ -7,37 +7,47 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 from figures import Figure
 from numpy.typing import NDArray
-from quantizers import SETTINGS, folded_model, quantize_ourselves, quantize_with_onnxruntime
+from quantizers import SETTINGS, calibrated, folded_model, quantize_with_onnxruntime, serialized
 
 from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
 from edgewright.calibration.stream import batches
 from edgewright.export.models import resolve
+from edgewright.optimize.dialects import half_graph, quantized_graph
+from edgewright.optimize.simulate import signed_to_unsigned, simulate_fp16
 from edgewright.runtime.backends import BACKENDS
 
 Batch = NDArray[np.float32]
 
 
 def measure() -> Iterator[Figure]:
-    """FP32 top-1, our INT8 loss, and that of the peer in four settings, in points."""
+    """FP32 top-1, our INT8 loss, that of the peer in four settings, and NVIDIA's graphs simulated, in points."""
     source = resolve("mobilenet_effnet_b0")
     calibration = np.concatenate(list(batches(fashion_mnist_calibration(), source.preprocess, 64)))
     test = fashion_mnist_test()
     images = np.concatenate(list(batches(test, source.preprocess, 64)))
     assert test.labels is not None
     folded = folded_model("mobilenet_effnet_b0")
-    graph = ir.to_proto(folded).SerializeToString()
+    graph = serialized(folded)
     plain = _top1(graph, images, test.labels)
     yield Figure("B0 FP32 top-1 on 10,000 images", 100 * plain, "%", bound=93.0, at_least=True)
     losses = dict(_peer_losses(graph, calibration, images, test.labels, plain))
     best = min(losses, key=losses.__getitem__)
-    ours = plain - _top1(quantize_ourselves(folded, calibration), images, test.labels)
+    table = calibrated(folded, calibration)
+    ours = plain - _top1(serialized(quantized_graph("cpu", folded, table).model), images, test.labels)
     note = f"onnxruntime's best is {best}"
     yield Figure("B0 INT8 loss, ours", 100 * ours, "points", bound=100 * losses[best], note=note)
     for setting, loss in losses.items():
         yield Figure(f"B0 INT8 loss, onnxruntime {setting}", 100 * loss, "points")
+    nvidia = {
+        "FP16": (half_graph(folded, table).model, 0.05),
+        "INT8 for TensorRT": (quantized_graph("tensorrt", folded, table).model, None),
+        "INT8 for TensorRT-RTX": (quantized_graph("rtx", folded, table).model, None),
+    }
+    for name, (model, bound) in nvidia.items():
+        loss = plain - _top1(serialized(signed_to_unsigned(simulate_fp16(model))), images, test.labels)
+        yield Figure(f"B0 {name} loss, simulated", 100 * loss, "points", bound=bound)
 
 
 def _peer_losses(
@@ -46,9 +56,9 @@ def _peer_losses(
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
         source.write_bytes(graph)
-        for setting in SETTINGS:
+        for name, setting in SETTINGS.items():
             quantize_with_onnxruntime(source, target, calibration, setting)
-            yield setting, plain - _top1(target.read_bytes(), images, labels)
+            yield name, plain - _top1(target.read_bytes(), images, labels)
 
 
 def _top1(graph: bytes, images: Batch, labels: NDArray[np.int64]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ROOT", "Figure", "python_seconds", "run_python", "sample_folder"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ROOT", "Figure", "photographs", "python_seconds", "run_python", "sample_folder"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +41,18 @@ def sample_folder() -> Path | None:
     """Labelled ImageNet photographs with `labels.csv`: $EDGEWRIGHT_SAMPLE, or beside the checkout; None if missing."""
     places = (os.environ.get("EDGEWRIGHT_SAMPLE"), ROOT.parent / "shared" / "data" / "imagenet-sample")
     return next((Path(place) for place in places if place and (Path(place) / "labels.csv").is_file()), None)
+
+
+def photographs(count: int) -> NDArray[np.float32] | None:
+    """The first `count` of them, preprocessed for 224 × 224 networks, `[N, 3, 224, 224]`; None if they are missing."""
+    from edgewright.export.models import LITE0_PREPROCESS
+
+    folder = sample_folder()
+    if folder is None:
+        return None
+    with (folder / "labels.csv").open() as stream:
+        files = [row["file"] for row in csv.DictReader(stream)][:count]
+    return LITE0_PREPROCESS.batch([folder / file for file in files])
 
 
 def run_python(code: str, *arguments: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from figures import Figure, sample_folder
 from numpy.typing import NDArray
-from quantizers import folded_model, quantize_ourselves, quantize_with_onnxruntime
+from quantizers import folded_model, quantize_ourselves, quantize_with_modelopt, quantize_with_onnxruntime
 
 from edgewright.calibration.collect import BATCH_SIZE
 from edgewright.export.models import resolve
@@ -86,16 +86,10 @@ def _by_nncf(source: Path, target: Path, images: Batch) -> None:
     openvino.save_model(quantized, target.with_suffix(".xml"))
 
 
-def _by_modelopt(source: Path, target: Path, images: Batch) -> None:
-    from modelopt.onnx.quantization import quantize
-
-    quantize(str(source), calibration_data={"images": images}, output_path=str(target), calibration_method="entropy")
-
-
 PEERS: tuple[tuple[str, str, Callable[[Path, Path, Batch], None]], ...] = (
     ("onnxruntime", "onnxruntime.quantization", quantize_with_onnxruntime),
     ("NNCF (OpenVINO)", "nncf", _by_nncf),
-    ("ModelOpt", "modelopt.onnx.quantization", _by_modelopt),
+    ("ModelOpt", "modelopt.onnx.quantization", quantize_with_modelopt),
 )
 
 

@@ -18,15 +18,23 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from edgewright.calibration.collect import BATCH_SIZE, collect
-from edgewright.calibration.ranges import silu
+from edgewright.calibration.collect import BATCH_SIZE, CalibrationTable, collect
 from edgewright.export.models import resolve
 from edgewright.export.to_onnx import export_onnx
+from edgewright.optimize.dialects import quantized_graph
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
-from edgewright.optimize.plan import plan_for_cpu
-from edgewright.optimize.quantize import quantize_for_cpu
 
-__all__ = ["SETTINGS", "folded_model", "quantize_ourselves", "quantize_with_onnxruntime"]
+__all__ = [
+    "FOR_TENSORRT",
+    "SETTINGS",
+    "calibrated",
+    "folded_model",
+    "folded_resnet50",
+    "quantize_ourselves",
+    "quantize_with_modelopt",
+    "quantize_with_onnxruntime",
+    "serialized",
+]
 
 Batch = NDArray[np.float32]
 
@@ -42,6 +50,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "extra_options": {"ActivationSymmetric": True},
     },
 }
+FOR_TENSORRT: dict[str, Any] = {
+    "activation_type": QuantType.QInt8,
+    "calibrate_method": CalibrationMethod.MinMax,
+    "extra_options": {"ActivationSymmetric": True, "QuantizeBias": False},  # TensorRT refuses an int32 bias
+}
 
 
 def folded_model(name: str) -> ir.Model:
@@ -52,14 +65,47 @@ def folded_model(name: str) -> ir.Model:
     return fold_batchnorm(ir.from_proto(exported)).model
 
 
+def folded_resnet50(seed: int = 5) -> ir.Model:
+    """The ResNet-50 of torchvision, folded; seeded weights, batch normalization far from the identity."""
+    import torch
+    from torchvision.models import resnet50
+
+    torch.manual_seed(seed)
+    network = resnet50(weights=None).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.weight.uniform_(0.5, 1.5, generator=generator)
+                module.bias.normal_(0.0, 0.2, generator=generator)
+                module.running_mean.normal_(0.0, 0.3, generator=generator)
+                module.running_var.uniform_(0.5, 2.0, generator=generator)
+    return fold_batchnorm(ir.from_proto(onnx.load_from_string(export_onnx(network, (3, 224, 224))))).model
+
+
 def quantize_ourselves(folded: ir.Model, images: Batch) -> bytes:
     """Calibrates and quantizes as the pipeline does, from decoded images `[N, C, H, W]`."""
-    batches = (images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE))
-    table = collect(folded, batches, identity={})
-    plan = plan_for_cpu(folded, table.histograms)
-    ranges = table.ranges("mse", plan.activations, dict.fromkeys(plan.silu_inputs, silu))
-    content: bytes = ir.to_proto(quantize_for_cpu(folded, plan, ranges)).SerializeToString()
+    return serialized(quantized_graph("cpu", folded, calibrated(folded, images)).model)
+
+
+def calibrated(folded: ir.Model, images: Batch) -> CalibrationTable:
+    """One pass over decoded images `[N, C, H, W]`."""
+    return collect(folded, (images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE)), identity={})
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The ONNX file's content."""
+    content: bytes = ir.to_proto(model).SerializeToString()
     return content
+
+
+def quantize_with_modelopt(source: Path, target: Path, images: Batch) -> None:
+    """Writes the Q/DQ graph that NVIDIA's Model Optimizer makes of `source`; it has to be installed."""
+    from modelopt.onnx.quantization import quantize
+
+    quantize(str(source), calibration_data={"images": images}, output_path=str(target), calibration_method="entropy")
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -73,7 +119,9 @@ class _Reader(CalibrationDataReader):  # type: ignore[misc]
         return None if batch is None else {"images": batch}
 
 
-def quantize_with_onnxruntime(source: Path, target: Path, images: Batch, setting: str = "U8 min-max") -> None:
+def quantize_with_onnxruntime(
+    source: Path, target: Path, images: Batch, setting: dict[str, Any] = SETTINGS["U8 min-max"]
+) -> None:
     """Writes the Q/DQ graph with per-channel weights that onnxruntime makes of `source`."""
     quantize_static(
         str(source),
@@ -82,5 +130,5 @@ def quantize_with_onnxruntime(source: Path, target: Path, images: Batch, setting
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         weight_type=QuantType.QInt8,
-        **SETTINGS[setting],
+        **setting,
     )

@@ -13,9 +13,9 @@ from figures import ROOT, Figure
 from rich.console import Console
 from rich.table import Table
 
-from edgewright.pipeline import machine
+from edgewright.workspace import machine
 
-BENCHMARKS = ("import_time", "engine", "lite0", "b0", "memory")
+BENCHMARKS = ("import_time", "engine", "lite0", "b0", "rtx", "openvino_int8", "memory")
 RESULT = ROOT / "build" / "bench.json"
 
 

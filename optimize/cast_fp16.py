@@ -9,8 +9,7 @@ if p is on one side and any reader on the other, however many there are:
     p ──1──► a ──∞──► every r          cut if p is FP16 and an r is FP32
     every r ──∞──► b ──1──► p          cut if p is FP32 and an r is FP16
 
-Graph inputs and outputs are FP32. An initializer costs nothing: it is converted here, and where both sides read it, it
-exists in both forms.
+Graph inputs and outputs are FP32. An initializer costs nothing: where both sides read it, it exists in both forms.
 """
 
 from __future__ import annotations
@@ -38,21 +37,18 @@ HALF_ULP = float(np.finfo(np.float16).eps) / 2  # 2**-11: rounding to nearest lo
 HEADROOM = 2.0  # other images may go so far beyond the calibration's; a maximum over some hundred seldom doubles
 
 FP16, FP32 = "fp16", "fp32"
-_SQUARES = "it sums squares, which may overflow inside although its inputs and outputs fit"
-_EXPONENTIALS = "it sums exponentials: inside they overflow, or the small ones are lost, although all outside fits"
+_SUMS = "it sums squares, exponentials or the like inside, which may overflow although its inputs and outputs fit"
 _STEEP = "it is too steep: a little beyond the calibrated range its output leaves FP16"
 SENSITIVE_OPERATORS = {
-    **dict.fromkeys(("InstanceNormalization", "LayerNormalization", "GroupNormalization", "LRN"), _SQUARES),
-    **dict.fromkeys(("RMSNormalization", "MeanVarianceNormalization", "LpNormalization"), _SQUARES),
-    **dict.fromkeys(("ReduceSumSquare", "ReduceL2", "LpPool", "GlobalLpPool"), _SQUARES),
-    **dict.fromkeys(("Softmax", "LogSoftmax", "ReduceLogSum", "ReduceLogSumExp", "Softplus"), _EXPONENTIALS),
+    **dict.fromkeys(("InstanceNormalization", "LayerNormalization", "GroupNormalization", "RMSNormalization"), _SUMS),
+    **dict.fromkeys(("MeanVarianceNormalization", "LpNormalization", "LRN", "LpPool", "GlobalLpPool"), _SUMS),
+    **dict.fromkeys(("ReduceSumSquare", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"), _SUMS),
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Softplus"), _SUMS),
     **dict.fromkeys(("Exp", "Pow"), _STEEP),
 }
 """Operators that stay in FP32 whatever the ranges are. Averages are not among them: like convolutions they are linear,
 and kernels accumulate both in more than half precision."""
 SHAPE_OPERATORS = ("Shape", "Size")  # they read no values, so any may pass and none is decided on
-
-
 Float32 = NDArray[np.float32]
 Uses = Sequence[tuple[ir.Node, int]]  # where a tensor is read: node and index of the input
 
@@ -135,7 +131,7 @@ def _check(node: ir.Node, opsets: Mapping[str, int], ranges: Mapping[str, Range]
 
 
 def _fp16_inputs(node: ir.Node, opsets: Mapping[str, int]) -> tuple[int, ...]:
-    """Indices of the float inputs that may be FP16 in ONNX, unlike Resize's scales; _StaysFloatError if outputs cannot."""
+    """Indices of float inputs that may be FP16 in ONNX, not Resize's scales; _StaysFloatError if outputs may not."""
     try:
         schema = onnx.defs.get_schema(node.op_type, opsets.get(node.domain, 1), node.domain)
     except onnx.defs.SchemaError:
@@ -288,7 +284,10 @@ def _insert_cast(graph: ir.Graph, value: ir.Value, uses: Uses, data_type: ir.Dat
             if output is value:
                 graph.outputs[position] = result
     producer = value.producer()
-    graph.insert_after(producer, cast) if producer is not None else graph.insert_before(graph[0], cast)
+    if producer is None:
+        graph.insert_before(graph[0], cast)
+    else:
+        graph.insert_after(producer, cast)
 
 
 def _is_float(value: ir.Value | None) -> bool:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from command import Command, Completed
-from edgewright import cli, pipeline
+from edgewright import cli
 from edgewright.export.models import MODELS, resolve
 from edgewright.outcome import Outcome
 from edgewright.pipeline import Options, Pipeline
 from edgewright.workspace import source_hash
+from stage_modules import replace_in_stages
 from tiny_network import PREPROCESS, TINY_MODELS, write_images
 
 BUDGET = 0.08  # with 60 images of which none is lost the upper bound is 0.06
@@ -48,7 +51,7 @@ def interruptible() -> Iterator[None]:
 def _sources_as_they_were() -> Iterator[None]:
     """Somebody who edits a file while the tests run does not change the keys in the middle."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "source_hash", functools.cache(source_hash))
+        replace_in_stages(patch, "source_hash", functools.cache(source_hash))
         yield
 
 
@@ -84,27 +87,40 @@ def images(shared_images: Images, tmp_path: Path) -> Images:
 
 @pytest.fixture(scope="session")
 def finished(shared_images: Images, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    """A build folder in which every stage of `tiny` was made once, and what came out; not to be changed."""
+    """A build folder in which every stage of `tiny` for the CPU was made once, and what came out; not to be changed."""
     build_dir = tmp_path_factory.mktemp("finished")
+    return build_dir, _proven("tiny", build_dir, shared_images, backends=("onnxruntime",))
+
+
+@pytest.fixture(scope="session")
+def finished_gpu(shared_images: Images, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """The same of `tiny_linear`, in which INT8 pays on TensorRT-RTX, with its engines for one GPU architecture."""
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("the package tensorrt-rtx is not installed")
+    build_dir = tmp_path_factory.mktemp("finished_gpu")
+    chosen: dict[str, Any] = {"backends": ("onnxruntime", "tensorrt-rtx"), "targets": ("sm86",)}
+    return build_dir, _proven("tiny_linear", build_dir, shared_images, **chosen)
+
+
+def _proven(model: str, build_dir: Path, images: Images, **options: Any) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(MODELS, "tiny", TINY_MODELS["tiny"])
-        options = Options(
-            "tiny",
-            build_dir=build_dir,
-            calibration=shared_images.calibration,
-            evaluation=shared_images.evaluation,
-            budget=BUDGET,
-        )
-        stages = Pipeline(options)
+        patch.setitem(MODELS, model, TINY_MODELS[model])
+        given: dict[str, Any] = {"calibration": images.calibration, "evaluation": images.evaluation, "budget": BUDGET}
+        stages = Pipeline(Options(model, build_dir=build_dir, **given, **options))
         with stages.workspace.locked():
-            outcome = stages.prove()
-    return build_dir, outcome
+            return stages.prove()
 
 
 @pytest.fixture
 def build_dir(finished: tuple[Path, Outcome], tmp_path: Path, tiny_models: None) -> Path:
     """The test's own copy of the finished build folder."""
     return Path(shutil.copytree(finished[0], tmp_path / "build"))
+
+
+@pytest.fixture
+def gpu_build_dir(finished_gpu: tuple[Path, Outcome], tmp_path: Path, tiny_models: None) -> Path:
+    """The test's own copy of the finished build folder with engines for a GPU."""
+    return Path(shutil.copytree(finished_gpu[0], tmp_path / "build"))
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ ARTEFACTS = {  # and the stage that makes each again
     "model.onnx": "export",
     "folded.onnx": "fold",
     "calibration.json": "calibrate",
-    "int8-cpu.onnx": "quantize",
-    "plan-cpu.json": "quantize",
+    "int8-cpu.onnx": "quantize cpu",
+    "plan-cpu.json": "quantize cpu",
     "engines/onnxruntime-fp32.onnx": "build onnxruntime fp32",
     "engines/onnxruntime-fp32.json": "build onnxruntime fp32",
     "engines/onnxruntime-int8.onnx": "build onnxruntime int8",
@@ -41,7 +41,7 @@ ARTEFACTS = {  # and the stage that makes each again
     "export.key.json": "export",
     "fold.key.json": "fold",
     "calibrate.key.json": "calibrate",
-    "quantize.key.json": "quantize",
+    "quantize cpu.key.json": "quantize cpu",
     "build onnxruntime int8.key.json": "build onnxruntime int8",
     "reference.key.json": "reference",
     "verify onnxruntime int8.key.json": "verify onnxruntime int8",
@@ -54,7 +54,8 @@ def tiny(command: Command, build_dir: Path, images: Any) -> Tiny:
     """`edgewright engine tiny` in the test's copy of the finished build folder; the budget is 8 points."""
 
     def run(*arguments: object) -> Completed:
-        return command("engine", "tiny", "--build-dir", build_dir, "--max-drop", 8, *images.options, *arguments)
+        chosen = ("--max-drop", 8, "--backend", "onnxruntime")
+        return command("engine", "tiny", "--build-dir", build_dir, *chosen, *images.options, *arguments)
 
     return run
 

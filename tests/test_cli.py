@@ -28,13 +28,14 @@ STAGES = (
     "fold",
     "build onnxruntime fp32",
     "calibrate",
-    "quantize",
+    "quantize cpu",
     "build onnxruntime int8",
     "reference",
     "verify onnxruntime fp32",
     "verify onnxruntime int8",
     "latency",
 )
+CHOSEN = ("--max-drop", 8, "--backend", "onnxruntime")
 Tiny = Callable[..., Completed]
 
 
@@ -43,7 +44,7 @@ def tiny(command: Command, build_dir: Path, images: Any) -> Tiny:
     """A command on the tiny network in the test's copy of the finished build folder; the budget is 8 points."""
 
     def run(name: str, *arguments: object) -> Completed:
-        return command(name, "tiny", "--build-dir", build_dir, "--max-drop", 8, *images.options, *arguments)
+        return command(name, "tiny", "--build-dir", build_dir, *CHOSEN, *images.options, *arguments)
 
     return run
 
@@ -71,7 +72,7 @@ def test_the_document_of_a_first_run_in_a_process_of_its_own(
     tmp_path: Path, images: Any, outcome: Outcome, tiny: Tiny
 ) -> None:
     """Nothing that torch, onnx or onnxruntime print reaches stdout."""
-    done = run_process("engine", "tiny", "--json", "--build-dir", tmp_path, "--max-drop", 8, *images.options)
+    done = run_process("engine", "tiny", "--json", "--build-dir", tmp_path, *CHOSEN, *images.options)
     assert done.code == 0, done.err
     assert list(differences(done.document, ENGINE_DOCUMENT)) == []
     assert not any(stage["cached"] for stage in done.document["stages"])
@@ -153,7 +154,7 @@ def test_help_and_version(command: Command, arguments: tuple[str, ...]) -> None:
         ("export", {"path", "opset"}, "model.onnx"),
         ("fold", {"path", "folded", "left", "difference"}, "folded: 3"),
         ("calibrate", {"path", "images", "tensors"}, "images: 40"),
-        ("quantize", {"path", "int8_layers", "layers"}, "int8_layers: 4"),
+        ("quantize", {"graphs"}, "int8-cpu"),
         ("build", {"engines"}, "4 × int8, 2 × fp32"),
     ],
 )
@@ -164,7 +165,8 @@ def test_single_stages(tiny: Tiny, name: str, fields: set[str], text: str) -> No
     assert document.keys() == {"schema", "model", "stages"} | fields
     assert document["schema"] == f"edgewright.{name}/1"
     assert list(differences(document["stages"], [STAGE])) == []
-    for path in [document["path"]] if "path" in fields else [engine["path"] for engine in document["engines"]]:
+    listed = document.get("graphs") or document.get("engines") or [document]
+    for path in [each["path"] for each in listed]:
         assert Path(path).is_file()
     assert text in tiny(name).out
 
@@ -276,7 +278,7 @@ def test_run_takes_an_engine_file(command: Command, build_dir: Path, images: Any
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--model", "absent"), "there is no engine or build folder"),
+        (("--model", "absent"), "there is no engine "),
         (("--precision", "fp16"), "has no fp16 engine; run edgewright engine MODEL"),
         (("--backend", "magic"), "has no magic engine"),
         (("--backend", "onnxruntime"), "several engines (onnxruntime fp32, onnxruntime int8)"),
@@ -376,7 +378,7 @@ def test_ctrl_c_from_a_terminal_while_libraries_load(tmp_path: Path, images: Any
 
 def test_a_run_killed_in_every_stage_goes_on(tmp_path: Path, images: Any, tiny: Tiny) -> None:
     """One run after the other is killed, each a stage later than the one before; the last one finishes."""
-    arguments = ("engine", "tiny", "--build-dir", tmp_path, "--max-drop", 8, *images.options)
+    arguments = ("engine", "tiny", "--build-dir", tmp_path, *CHOSEN, *images.options)
     for stage in STAGES:
         killed = run_process(*arguments, TINY_KILL_IN=stage)
         assert killed.code == -signal.SIGKILL, killed.err

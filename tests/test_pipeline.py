@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from command import run_process
-from edgewright import pipeline as module
+from edgewright import graphs
 from edgewright.calibration.image_set import ImageSet
 from edgewright.export.models import MODELS, ModelEntry, resolve
+from edgewright.graphs import Graphs
 from edgewright.outcome import EngineRow, Outcome, conclusion
 from edgewright.pipeline import Options, Pipeline
-from edgewright.runtime.backends import BACKENDS, Absence, BuildRequest, Built, Runner
+from edgewright.runtime.backends import BACKENDS, Absence, BuildRequest, Compiled, Runner
 from edgewright.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend, OnnxRuntimeRunner
 from edgewright.runtime.errors import (
     BuildError,
@@ -34,7 +35,9 @@ from edgewright.runtime.errors import (
 )
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.session import REPORT_FILE, Session
-from edgewright.workspace import FIRST_TIME, library_versions
+from edgewright.runtime.specs import BatchProfile
+from edgewright.workspace import FIRST_TIME, library_versions, source_hash
+from stage_modules import replace_in_stages
 from tiny_network import LABELS, PREPROCESS, write_images
 
 pytestmark = pytest.mark.usefixtures("tiny_models")
@@ -47,7 +50,7 @@ STAGES = (
     "fold",
     "build onnxruntime fp32",
     "calibrate",
-    "quantize",
+    "quantize cpu",
     "build onnxruntime int8",
     "reference",
     "verify onnxruntime fp32",
@@ -55,6 +58,8 @@ STAGES = (
     "latency",
 )
 FP32, INT8 = "onnxruntime fp32", "onnxruntime int8"
+BUILDS = (f"build {FP32}", f"build {INT8}")
+VERIFICATIONS = (f"verify {FP32}", f"verify {INT8}")
 INT8_GRAPH = "graph of engines/onnxruntime-int8.onnx"
 FP32_GRAPH = "graph of engines/onnxruntime-fp32.onnx"
 
@@ -65,7 +70,8 @@ def prove(build_dir: Path, images: Any) -> Prove:
 
     def run(**options: Any) -> Outcome:
         given = {"build_dir": build_dir, "calibration": images.calibration, "evaluation": images.evaluation}
-        pipeline = Pipeline(Options("tiny", **{"budget": 0.08, **given, **options}))
+        chosen = {"budget": 0.08, "backends": ("onnxruntime",)}
+        pipeline = Pipeline(Options("tiny", **{**chosen, **given, **options}))
         with pipeline.workspace.locked():
             return pipeline.prove()
 
@@ -139,7 +145,8 @@ def test_no_temporary_file_is_left(finished: tuple[Path, Outcome]) -> None:
 
 def test_one_channel(tmp_path: Path, images: Any) -> None:
     (images.evaluation / "labels.csv").unlink()
-    options = Options("tiny_gray", "default", tmp_path / "gray", 18, images.calibration, images.evaluation, budget=1.0)
+    folders = {"calibration": images.calibration, "evaluation": images.evaluation}
+    options = Options("tiny_gray", "default", tmp_path / "gray", 18, budget=1.0, backends=("onnxruntime",), **folders)
     pipeline = Pipeline(options)
     with pipeline.workspace.locked():
         outcome = pipeline.prove()
@@ -169,7 +176,7 @@ def test_time_stamps_and_places_do_not_matter(prove: Prove, build_dir: Path, ima
 
 def test_a_run_without_changes_imports_neither_torch_nor_onnx(build_dir: Path, images: Any, tmp_path: Path) -> None:
     file = tmp_path / "modules.json"
-    arguments = ("engine", "tiny", "--build-dir", build_dir, *images.options, "--max-drop", 8, "--json")
+    arguments = ("engine", "tiny", "--build-dir", build_dir, *images.options, "--max-drop", 8, "--json", "--backend", "onnxruntime")
     done = run_process(*arguments, TINY_MODULES_TO=str(file))
     assert done.code == 0, done.err
     assert all(stage["cached"] for stage in done.document["stages"])
@@ -191,8 +198,8 @@ def rebuilt(graphs: bool = True, *, int8: bool = True, cause: str = "graph", cal
     return changes
 
 
-ANOTHER_NETWORK = rebuilt() | {"fold": ("graph",), "quantize": ("calibration", "graph")}
-ANOTHER_CALIBRATION = rebuilt(graphs=False, calibration=False) | {"quantize": ("calibration",)}
+ANOTHER_NETWORK = rebuilt() | {"fold": ("graph",), "quantize cpu": ("calibration", "graph")}
+ANOTHER_CALIBRATION = rebuilt(graphs=False, calibration=False) | {"quantize cpu": ("calibration",)}
 
 
 @pytest.mark.parametrize(
@@ -206,7 +213,7 @@ ANOTHER_CALIBRATION = rebuilt(graphs=False, calibration=False) | {"quantize": ("
                 "export": ("preprocessing",),
                 "fold": ("preprocessing",),
                 "calibrate": ("preprocessing",),
-                "quantize": ("calibration",),
+                "quantize cpu": ("calibration",),
                 f"build {FP32}": ("preprocessing",),
                 f"build {INT8}": ("graph", "preprocessing"),
                 "reference": ("preprocessing",),
@@ -215,15 +222,16 @@ ANOTHER_CALIBRATION = rebuilt(graphs=False, calibration=False) | {"quantize": ("
                 "latency": (INT8_GRAPH,),
             },
         ),
-        ({"method": "minmax"}, rebuilt(graphs=False, calibration=False) | {"quantize": ("method",)}),
+        ({"method": "minmax"}, rebuilt(graphs=False, calibration=False) | {"quantize cpu": ("method",)}),
         (
             {"threads": 1},
             dict.fromkeys((f"verify {FP32}", f"verify {INT8}", "latency"), ("threads",)),
         ),
         ({"budget": 0.5}, {}),
         ({"allow_overlap": True}, {}),
+        ({"remainder": "fp32", "profile": BatchProfile(1, 1, 1), "targets": ("sm89",), "workspace": 1 << 20}, {}),
     ],
-    ids=["weights", "opset", "preprocessing", "method", "threads", "budget", "overlap"],
+    ids=["weights", "opset", "preprocessing", "method", "threads", "budget", "overlap", "of GPUs alone"],
 )
 def test_an_option_remakes_what_depends_on_it(prove: Prove, options: dict[str, Any], expected: Changes) -> None:
     assert made(prove(**options)) == expected
@@ -260,13 +268,26 @@ CODE = [
     ("export/to_onnx.py", {"export": ("export code",)}),
     ("export/models.py", {"export": ("export code",), "reference": ("reference code",)}),
     ("export/zoo/mbconv.py", {"export": ("export code",), "reference": ("reference code",)}),
-    ("optimize/fold_batchnorm.py", {"fold": ("fold code",)}),
-    ("optimize/plan.py", {"quantize": ("quantize code",)}),
+    ("optimize/fold_batchnorm.py", {"fold": ("fold code",), "quantize cpu": ("rewriting code",)}),
+    ("optimize/plan.py", {"quantize cpu": ("rewriting code",)}),
+    ("optimize/work.py", {"quantize cpu": ("rewriting code",)} | dict.fromkeys(BUILDS, ("build code",))),
     ("calibration/collect.py", {"calibrate": ("calibration code",)}),
-    ("calibration/ranges.py", {"calibrate": ("calibration code",), "quantize": ("quantize code",)}),
+    ("calibration/ranges.py", {"calibrate": ("calibration code",), "quantize cpu": ("rewriting code",)}),
+    ("runtime/audit.py", dict.fromkeys(BUILDS, ("build code",))),
+    (
+        "runtime/backends/base.py",
+        dict.fromkeys(BUILDS, ("build code",))
+        | dict.fromkeys(VERIFICATIONS, ("backend code",))
+        | {"latency": ("latency code",)},
+    ),
     ("runtime/latency.py", {"latency": ("latency code",)}),
     ("runtime/parity.py", {}),
-    ("pipeline.py", dict.fromkeys(STAGES, ("pipeline code",))),
+    ("context.py", dict.fromkeys(STAGES, ("stage code",))),
+    ("graphs.py", dict.fromkeys(("export", "fold", "calibrate", "quantize cpu"), ("stage code",))),
+    ("engines.py", dict.fromkeys(BUILDS, ("stage code",))),
+    ("proof.py", dict.fromkeys(("reference", *VERIFICATIONS, "latency"), ("stage code",))),
+    ("pipeline.py", {}),
+    ("outcome.py", {}),
     ("cli.py", {}),
 ]
 
@@ -276,19 +297,19 @@ def test_changed_code_remakes_its_stages(
     prove: Prove, monkeypatch: pytest.MonkeyPatch, file: str, expected: Changes
 ) -> None:
     """What comes out is the same, so that nothing else is made again, except that calibration.json names its code."""
-    original = vars(module)["source_hash"]
+    original = vars(graphs)["source_hash"]
 
     def changed(*modules: str) -> str:
         touched = any(file == name or file.startswith(f"{name}/") for name in modules)
         return str(original(*modules)) + (" changed" if touched else "")
 
-    monkeypatch.setattr(module, "source_hash", changed)
+    replace_in_stages(monkeypatch, "source_hash", changed)
     found = made(prove())
-    if "calibrate" in expected and file != "pipeline.py":
-        quantize = found.pop("quantize")
+    if "calibration code" in expected.get("calibrate", ()):
+        quantize = found.pop("quantize cpu")
         assert "calibration" in quantize
-        assert set(quantize) - {"calibration"} == set(expected.get("quantize", ()))
-        expected = {stage: changes for stage, changes in expected.items() if stage != "quantize"}
+        assert set(quantize) - {"calibration"} == set(expected.get("quantize cpu", ()))
+        expected = {stage: changes for stage, changes in expected.items() if stage != "quantize cpu"}
     assert found == expected
 
 
@@ -298,7 +319,7 @@ def test_changed_code_remakes_its_stages(
         ("pillow", {"calibrate", "reference", f"verify {FP32}", f"verify {INT8}"}),
         ("torch", {"export", "reference"}),
         ("torchvision", {"export"}),
-        ("onnx-ir", {"export", "fold", "calibrate", "quantize"}),
+        ("onnx-ir", {"export", "fold", "calibrate", "quantize cpu"}),
     ],
 )
 def test_another_version_of_a_library_remakes_its_stages(
@@ -309,12 +330,12 @@ def test_another_version_of_a_library_remakes_its_stages(
     def upgraded(*distributions: str) -> str:
         return original(*distributions) + (" upgraded" if library in distributions else "")
 
-    monkeypatch.setattr(module, "library_versions", upgraded)
+    replace_in_stages(monkeypatch, "library_versions", upgraded)
     found = made(prove())
     if "calibrate" in stages:
-        stages = {*stages, "quantize"}
+        stages = {*stages, "quantize cpu"}
     assert set(found) == stages
-    for stage in stages - {"quantize"}:
+    for stage in stages - {"quantize cpu"}:
         assert found[stage] in (("libraries",), ("image libraries",))
 
 
@@ -325,8 +346,8 @@ def test_another_version_of_the_backend_remakes_its_engines(prove: Prove, monkey
 
 
 def test_another_machine_remakes_engines_and_measurements(prove: Prove, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "machine", lambda: "another")
-    own = {"export", "fold", "calibrate", "quantize"}
+    replace_in_stages(monkeypatch, "machine", lambda: "another")
+    own = {"export", "fold", "calibrate", "quantize cpu"}
     assert made(prove()) == dict.fromkeys([stage for stage in STAGES if stage not in own], ("machine",))
 
 
@@ -337,7 +358,7 @@ def test_a_report_does_not_outlive_the_engine_that_it_recommends(
     report.write_text("{}")
     prove()
     assert report.exists()
-    monkeypatch.setattr(module, "machine", lambda: "another")
+    replace_in_stages(monkeypatch, "machine", lambda: "another")
     prove()
     assert not report.exists()
 
@@ -359,10 +380,10 @@ class Fake(OnnxRuntimeBackend):
             return Absence("package_missing", "the package fake is not installed", "pip install fake")
         return super().absence()
 
-    def build_impl(self, request: BuildRequest) -> Built:
+    def compile(self, request: BuildRequest) -> Compiled:
         if self.fault == "build":
             raise BuildError("fake refused node 7", "take another model")
-        return super().build_impl(request)
+        return super().compile(request)
 
     def open(self, engine: bytes, *, threads: int = 0) -> Runner:
         if self.fault == "open":
@@ -390,7 +411,7 @@ class Disturbed(Runner):
 def prove_with_fake(prove: Prove, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Outcome]:
     def run(fault: str) -> Outcome:
         monkeypatch.setitem(BACKENDS, "fake", Fake(fault))
-        return prove()
+        return prove(backends=("onnxruntime", "fake"))
 
     return run
 
@@ -435,7 +456,7 @@ def test_a_failed_row_is_tried_again(prove_with_fake: Callable[[str], Outcome]) 
 
 def test_stages_that_backends_share_are_listed_once(prove_with_fake: Callable[[str], Outcome]) -> None:
     names = [run.name for run in prove_with_fake("").stages]
-    assert names.count("quantize") == 1
+    assert names.count("quantize cpu") == 1
     assert len(set(names)) == len(names)
 
 
@@ -449,10 +470,10 @@ def test_no_backend_at_all(prove: Prove, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_graph_that_cannot_be_quantized_leaves_the_float_engine(
     prove: Prove, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: Pipeline, dialect: str) -> None:
+    def refuse(self: Graphs, dialect: str) -> None:
         raise QuantizationError("no range for conv_3", "calibrate again")
 
-    monkeypatch.setattr(Pipeline, "_quantize", refuse)
+    monkeypatch.setattr(Graphs, "_quantize", refuse)
     found = prove()
     row = row_of(found, *INT8.split())
     assert (row.status, row.reason_code) == ("failed", "quantization_failed")
@@ -466,10 +487,10 @@ def test_an_int8_engine_of_an_earlier_graph_does_not_outlive_a_failed_row(
     prove()
     assert (engines / "onnxruntime-int8.onnx").exists()
 
-    def refuse(self: Pipeline, dialect: str) -> None:
+    def refuse(self: Graphs, dialect: str) -> None:
         raise CalibrationError("conv_3 was not measured", "calibrate again")
 
-    monkeypatch.setattr(Pipeline, "_quantize", refuse)
+    monkeypatch.setattr(Graphs, "_quantize", refuse)
     assert row_of(prove(), *INT8.split()).reason_code == "quantization_failed"
     assert sorted(path.name for path in engines.iterdir()) == ["onnxruntime-fp32.json", "onnxruntime-fp32.onnx"]
 
@@ -604,13 +625,13 @@ def test_images_that_ship_with_the_project_are_taken_where_they_fit(
         ImageSet.from_array(name, rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count) % 4)
         for name, count in (("calibration", 12), ("test", 24))
     ]
-    monkeypatch.setattr(module, "fashion_mnist_calibration", lambda: sets[0])
-    monkeypatch.setattr(module, "fashion_mnist_test", lambda: sets[1])
+    monkeypatch.setattr(graphs, "fashion_mnist_calibration", lambda: sets[0])
+    monkeypatch.setattr(graphs, "fashion_mnist_test", lambda: sets[1])
     found = prove(calibration=None, evaluation=None)
     assert (found.reference.images, found.reference.labelled) == (24, True)
     mixed = prove(calibration=None)
     assert mixed.reference.images == 60
-    monkeypatch.setattr(module, "fashion_mnist_test", lambda: sets[0])
+    monkeypatch.setattr(graphs, "fashion_mnist_test", lambda: sets[0])
     with pytest.raises(DataError, match="calibration images too"):
         prove(calibration=None, evaluation=None)
 

@@ -32,10 +32,6 @@ SOURCE_END = re.compile(r"[\x1e\x1f]|(?<=\])(?=\[ONNX Layer: )")  # the log has 
 HOST_ONLY = ("shape_call", "ShapeHostToDeviceCopy")  # compute shapes: no kernels
 COMPUTE_WORDS = ("correlation", "conv", "gemm", "matrixmultiply", "matmul", "fusion")  # also in CaskGemmConvolution
 
-# The words of both forms: "Half", "Row major linear FP16 format", "Thirty-two wide … row major Int8 format."
-TYPE = re.compile(
-    r"\b(BFloat16|BF16|Half|FP16|Float|FP32|Int8|INT8|UInt8|Uint8|Bool|Int32|INT32|Int64|INT64|FP8|Int4|FP4)\b"
-)
 TYPES: dict[str, tuple[str, int]] = {  # the precision it stands for, and bits
     "float": ("fp32", 32),
     "fp32": ("fp32", 32),
@@ -52,6 +48,8 @@ TYPES: dict[str, tuple[str, int]] = {  # the precision it stands for, and bits
     "int4": ("int4", 4),
     "fp4": ("fp4", 4),
 }
+# In both forms: "Half", "Row major linear FP16 format", "Thirty-two wide channel vectorized row major Int8 format."
+TYPE = re.compile(rf"\b({'|'.join(TYPES)})\b", re.IGNORECASE)
 FLOATS = ("fp32", "bf16", "fp16")  # the widest first
 
 
@@ -210,7 +208,7 @@ def _of_product(inputs: list[Tensor], constants: list[Tensor], outputs: list[Ten
 
 
 def _widest(inputs: list[Tensor], constants: list[Tensor], outputs: list[Tensor]) -> str:
-    """The widest float that is read; else the widest that is written beside integers; else the type of the data."""
+    """The widest float among the activations, else among the constants; else the type of the first tensor."""
     for tensors in (inputs, constants):
         found = {tensor.precision for tensor in tensors}
         floats = [word for word in FLOATS if word in found]

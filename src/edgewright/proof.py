@@ -173,9 +173,9 @@ class Proof:
         def opened() -> Runner:
             import onnx_ir as ir
 
-            from edgewright.optimize.simulate import simulate_fp16
+            from edgewright.optimize.simulate import signed_to_unsigned, simulate_fp16
 
-            simulation = simulate_fp16(ir.load(self._context.workspace.path(graph.path)))
+            simulation = signed_to_unsigned(simulate_fp16(ir.load(self._context.workspace.path(graph.path))))
             return backend_named("onnxruntime").open(ir.to_proto(simulation).SerializeToString(), threads=threads)
 
         parts = {

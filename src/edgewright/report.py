@@ -127,22 +127,32 @@ def audit_document(info: EngineInfo, path: str) -> dict[str, Any]:
 
 
 def audit_table(info: EngineInfo) -> Table:
-    """A row per kernel: what was fused into it, its precision, and what it reads and writes; fits 80 columns."""
+    """A row per kernel: what was fused into it, what it was planned for and runs in, what it reads and writes.
+
+    Fits 80 columns.
+    """
     from rich.table import Table
 
     table = Table(box=_head_rule(), show_edge=False, pad_edge=False, padding=0)
     table.add_column("fused", overflow="fold", ratio=1)
-    for heading in ("kind", "type"):
-        table.add_column(heading, no_wrap=True, max_width=18, overflow="ellipsis")
+    table.add_column("kind", no_wrap=True, max_width=14, overflow="ellipsis")
+    for heading in ("plan", "runs"):
+        table.add_column(heading, no_wrap=True)
     for heading in ("work", "reads", "writes"):
         table.add_column(heading, justify="right", no_wrap=True)
-    work = {layer.kernel: layer.macs for layer in info.layers}
-    total = sum(work.values()) or 1
+    layers = {layer.kernel: layer for layer in info.layers}
+    total = sum(layer.macs for layer in info.layers) or 1
     for kernel in info.kernels:
-        share = f"{100 * work[kernel.name] / total:.1f} %" if kernel.name in work else ""
-        fused = " + ".join(kernel.sources) or kernel.name
+        layer = layers.get(kernel.name)
+        fused = [name for name in kernel.sources if "::" not in name]  # Q, DQ and Cast are seen in the precisions
         table.add_row(
-            fused, kernel.kind, kernel.precision, share, _kilobytes(kernel.bytes_read), _kilobytes(kernel.bytes_written)
+            "\n".join(fused or kernel.sources or [kernel.name]),
+            kernel.kind,
+            "" if layer is None else layer.requested,
+            kernel.precision,
+            "" if layer is None else f"{100 * layer.macs / total:.1f} %",
+            _kilobytes(kernel.bytes_read),
+            _kilobytes(kernel.bytes_written),
         )
     return table
 

@@ -313,6 +313,12 @@ CASES = (
         Graph(ALONE, inputs=f"{IMAGE}, float[] s"),
         changed("[q]", "[o] s = Constant <value = float {0.05}> () [q]"),
     ),
+    Case(
+        "scale-constant",
+        "q",
+        Graph(ALONE, inputs=f"{IMAGE}, float[] s"),
+        changed("[q]", "[o] n = Cast <to = 1> (k) [p] s = Identity (n) [q]", STORED | {"k": half(scale())}),
+    ),
     *(Case("scale-value", "q", conv(s=scale(value)), conv(s=scale(1e-30))) for value in (0.0, -0.05, np.nan)),
     Case("scale-value", "wd", conv(ws=np.array([0.1, 0.0, 0.1, 0.1], np.float32)), conv()),
     Case(
@@ -437,6 +443,13 @@ def test_all_findings_come_in_the_order_of_the_nodes() -> None:
     broken = conv(z=np.array(128, np.uint8), ws=scale(0.0, 4))
     found = [(finding.node, finding.rule) for finding in lint(broken.model(), "10.3")]
     assert found == [("q", "zero-point"), ("d", "zero-point"), ("wd", "scale-value")]
+
+
+@pytest.mark.parametrize("rule", ["int32-dequantize", "activation-axis", "uint8-default"])
+def test_each_place_is_said_once(rule: str) -> None:
+    (case,) = [case for case in CASES if case.rule == rule]
+    (found,) = lint(case.broken.model(), "rtx")
+    assert (found.node, found.rule) == (case.node, rule)
 
 
 def test_subgraph_and_function_are_looked_into() -> None:

@@ -297,9 +297,9 @@ def quantized(middle: str, opset: int = 19) -> ir.Model:
         "t": np.array([0.01, 0.003, 0.02], np.float16),
     }
     weight = np.random.default_rng(5).integers(-127, 128, W).astype(np.int8)
-    zeros = {"z": np.int8(0), "u": np.zeros(3, np.int8)}
-    bias = {"b": np.array([0.1, -0.7, 1.3], np.float16)}
-    return graph(body, opset=opset, w=weight, **scales, **zeros, **bias)
+    zeros: dict[str, Any] = {"z": np.int8(0), "u": np.zeros(3, np.int8)}
+    bias = np.array([0.1, -0.7, 1.3], np.float16)
+    return graph(body, opset=opset, w=weight, b=bias, **scales, **zeros)
 
 
 def expected_convolution(model: ir.Model) -> Array:

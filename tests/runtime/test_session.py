@@ -70,7 +70,7 @@ def put_engine(
         onnx_sha256=sha256_of(content),
         engine_sha256=sha256_of(content),
         bytes=len(content),
-        layers=(LayerPrecision("head", "Gemm", precision),),
+        layers=(LayerPrecision("head", "Gemm", precision, precision, 1152, "head"),),
         versions={},
     )
     write_json(path.with_suffix(".json"), info.to_json())
@@ -167,7 +167,7 @@ def test_an_engine_that_is_not_there_is_refused_by_what_was_asked(build: Path, w
 
 def test_an_empty_folder_and_a_missing_path_are_refused(tmp_path: Path) -> None:
     refused(tmp_path, "has no recommended engine; run edgewright engine")
-    refused(tmp_path / "nothing", r"there is no engine or build folder .*nothing; run edgewright engine")
+    refused(tmp_path / "nothing", r"there is no engine .*nothing; run edgewright engine")
 
 
 def test_a_file_of_another_precision_or_backend_is_refused(build: Path) -> None:

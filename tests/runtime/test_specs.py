@@ -10,15 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgewright.runtime.errors import DataError
+from edgewright.runtime.errors import BuildError, DataError
 from edgewright.runtime.preprocess import Preprocess
-from edgewright.runtime.specs import EngineInfo, LayerPrecision, OnnxArtifact, TensorSpec
+from edgewright.runtime.specs import BatchProfile, EngineInfo, Kernel, LayerPrecision, OnnxArtifact, TensorSpec
 
 INPUT = TensorSpec("image", (None, 3, 64, 48), "float32")
 OUTPUT = TensorSpec("logits", (None, 3), "float32")
 PREPROCESS = Preprocess((64, 48), (64, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
 ARTIFACT = OnnxArtifact("model.onnx", "ab" * 32, 19, (INPUT,), (OUTPUT,), PREPROCESS, ("a", "b", "é"))
-LAYERS = (LayerPrecision("c1", "Conv", "fp32"), LayerPrecision("c2", "QLinearConv", "int8"))
+LAYERS = (
+    LayerPrecision("c1", "Conv", "fp32", "fp32", 900, "c1_nchwc"),
+    LayerPrecision("c2", "Conv", "int8", "int8", 100, "c2_quant"),
+)
+KERNELS = (
+    Kernel("c1_nchwc", "Conv", ("c1", "relu"), "fp32", 4000, 1000, True),
+    Kernel("copy", "kgen", (), "int8"),
+)
 INFO = EngineInfo(
     backend="onnxruntime",
     precision="int8",
@@ -30,7 +37,9 @@ INFO = EngineInfo(
     onnx_sha256="ab" * 32,
     engine_sha256="cd" * 32,
     bytes=123,
-    layers=(*LAYERS, LayerPrecision("c3", "QLinearConv", "int8")),
+    layers=(*LAYERS, LayerPrecision("c3", "Gemm", "int8", "missing", 7, "")),
+    kernels=KERNELS,
+    profile=BatchProfile(1, 4, 16),
     versions={"onnxruntime": "1.2.3"},
 )
 
@@ -56,7 +65,7 @@ def test_artifact_round_trip() -> None:
 def test_engine_info_round_trip(target: str | None) -> None:
     info = dataclasses.replace(INFO, target=target)
     content = through_json(info.to_json())
-    assert content["schema"] == "edgewright.engine-info/1"
+    assert content["schema"] == "edgewright.engine-info/2"
     assert EngineInfo.from_json(content) == info
 
 
@@ -69,8 +78,39 @@ def test_every_field_counts_and_is_needed(field: str) -> None:
     with pytest.raises(KeyError):
         EngineInfo.from_json(content)
     content[field] = [] if isinstance(removed, list) else "other"
-    if field not in ("preprocess",):
+    if field not in ("preprocess", "profile"):
         assert EngineInfo.from_json(content) != INFO
+
+
+@pytest.mark.parametrize("profile", [None, BatchProfile(2, 2, 2)])
+def test_the_batch_sizes_may_be_any(profile: BatchProfile | None) -> None:
+    info = dataclasses.replace(INFO, profile=profile)
+    assert EngineInfo.from_json(through_json(info.to_json())) == info
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_round_trip(kernel: Kernel) -> None:
+    assert Kernel.from_json(through_json(dataclasses.asdict(kernel))) == kernel
+
+
+@pytest.mark.parametrize("part", ["layers", "kernels", "profile"])
+def test_a_part_with_an_unknown_field_is_refused(part: str) -> None:
+    content = through_json(INFO.to_json())
+    (content[part] if part == "profile" else content[part][0])["later"] = 1
+    with pytest.raises(TypeError, match="later"):
+        EngineInfo.from_json(content)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 8, 32), (4, 4, 9), (3, 9, 9)])
+def test_batch_sizes_in_order(sizes: tuple[int, int, int]) -> None:
+    profile = BatchProfile(*sizes)
+    assert (profile.minimum, profile.optimum, profile.maximum) == sizes
+
+
+@pytest.mark.parametrize("sizes", [(0, 1, 1), (-1, 1, 1), (2, 1, 3), (1, 4, 3), (3, 2, 1)])
+def test_batch_sizes_out_of_order(sizes: tuple[int, int, int]) -> None:
+    with pytest.raises(BuildError, match=rf"{sizes[0]}, {sizes[1]}, {sizes[2]} are not in order; give 1 ≤ minimum"):
+        BatchProfile(*sizes)
 
 
 def test_fields_that_a_later_version_adds_are_ignored() -> None:
@@ -86,11 +126,11 @@ def test_a_nonsensical_preprocessing_is_refused() -> None:
 
 
 def test_actual_precision_counts_layers() -> None:
-    assert INFO.actual_precision == {"fp32": 1, "int8": 2}
+    assert INFO.actual_precision == {"fp32": 1, "int8": 1, "missing": 1}
     assert dataclasses.replace(INFO, layers=()).actual_precision == {}
 
 
-@pytest.mark.parametrize("value", [INPUT, ARTIFACT, INFO, LAYERS[0]])
+@pytest.mark.parametrize("value", [INPUT, ARTIFACT, INFO, LAYERS[0], KERNELS[0], BatchProfile()])
 def test_specs_are_immutable(value: Any) -> None:
     name = dataclasses.fields(value)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -124,20 +124,17 @@ class Config(Part):
 
     def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
-        return cache.content not in self._trt.faults.get("cache", ())
+        return cache._content not in self._trt.faults.get("cache", ())
 
 
 class Cache:
     "ITimingCache"
 
     def __init__(self, content: bytes) -> None:
-        self.__dict__["content"] = content
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(name)
+        self._content = content
 
     def serialize(self) -> bytes:
-        return b"measured after " + self.__dict__["content"]
+        return b"measured after " + self._content
 
 
 class Network(Part):

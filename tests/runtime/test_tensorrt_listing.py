@@ -149,6 +149,20 @@ def test_sources_keep_odd_characters(separator: str, names: list[str]) -> None:
     assert kernel_of(line(metadata=metadata + "__gemm_from_conv1x1")).sources == tuple(names)
 
 
+def test_a_layer_that_only_another_kind_of_kernel_runs_is_found() -> None:
+    """A convolution of four channels becomes multiplications and additions."""
+    small = line("kgen", tensor("x", "Half"), tensor("w", "Half"), "[ONNX Layer: conv]__gemm_from_conv1x1")
+    assert actual(kernels_of_log([f"Layers:\n{small}"])) == [("fp16", "k"), ("missing", ""), ("missing", "")]
+
+
+def test_of_two_products_for_a_layer_the_wider_counts() -> None:
+    half, integer = (
+        line("gemm", tensor("x", word), tensor("w", word), "[ONNX Layer: conv]") for word in ("Half", "Int8")
+    )
+    for order in ((half, integer), (integer, half)):
+        assert actual(kernels_of_log(["Layers:\n" + "\n".join(order)]))[0] == ("fp16", "k")
+
+
 def test_a_layer_without_source_has_none() -> None:
     assert kernel_of(line("kgen")).sources == ()
 

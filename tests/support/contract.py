@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["ENGINE_DOCUMENT", "ERROR_DOCUMENT", "STAGE", "differences"]
+__all__ = ["AUDIT_DOCUMENT", "ENGINE_DOCUMENT", "ERROR_DOCUMENT", "STAGE", "ByName", "differences"]
 
 NUMBER, COUNTS = "number", "counts by name"
+
+
+@dataclass(frozen=True)
+class ByName:
+    """An object with any names, whose values have one shape."""
+
+    shape: Any
+
+
 LATENCY = {"batch": int, "threads": int, "runs": int, "p50": NUMBER, "p90": NUMBER, "p99": NUMBER}
 PARITY = {
     "source": ("engine", "simulation"),
@@ -46,13 +56,44 @@ ENGINE_DOCUMENT = {
 }
 ERROR_DOCUMENT = {"schema": ("edgewright.error/1",), "error": str, "message": str, "remedy": str}
 
-MORE = {  # what we add to the contract, which allows it within a schema number
-    "": {"weights", "notes"},
-    "engines[].parity": {
-        "labelled", "reference_top1", "reference_top5", "agreement_ci95", "pairs", "mcnemar_p", "nonfinite",
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+TRAFFIC = {"bytes_read": (int, None), "bytes_written": (int, None)}
+AUDIT = {"share_planned": NUMBER, "share_actual": NUMBER, "kernels": int, **TRAFFIC}
+MORE: dict[str, dict[str, Any]] = {  # what we add to the contract, which allows it within a schema number
+    "engine/1": {
+        "weights": str,
+        "notes": [str],
+        "targets": ByName({"backend": str, "precision": PRECISIONS, "path": str, "reason": str}),
     },
-    "engines[].latency_ms": {"cv"},
+    "engines[]": {"audit": (None, AUDIT)},
+    "engines[].parity": {
+        "labelled": bool,
+        "reference_top1": (NUMBER, None),
+        "reference_top5": (NUMBER, None),
+        "agreement_ci95": [NUMBER],
+        "pairs": (COUNTS, None),
+        "mcnemar_p": (NUMBER, None),
+        "nonfinite": int,
+    },
+    "engines[].latency_ms": {"cv": NUMBER},
+}
+KERNEL = {
+    "name": str, "kind": str, "sources": [str], "precision": str, "computes": bool, **TRAFFIC
 }  # fmt: skip
+LAYER = {
+    "name": str, "operator": str, "requested": PRECISIONS, "actual": str, "macs": int, "kernel": str
+}  # fmt: skip
+AUDIT_DOCUMENT = {
+    "schema": ("edgewright.audit/1",),
+    "engine": str,
+    "backend": str,
+    "precision": {"requested": PRECISIONS, "actual": COUNTS},
+    "target": (str, None),
+    **AUDIT,
+    "kernels": [KERNEL],
+    "layers": [LAYER],
+    "versions": ByName(str),
+}
 
 
 def differences(document: Any, shape: Any, place: str = "") -> Iterator[str]:
@@ -61,11 +102,17 @@ def differences(document: Any, shape: Any, place: str = "") -> Iterator[str]:
         if not isinstance(document, dict):
             yield f"{place} is {document!r}, not an object"
             return
-        allowed = shape.keys() | MORE.get(place, set())
-        yield from (f"{place}.{name} is missing" for name in sorted(shape.keys() - document.keys()))
-        yield from (f"{place}.{name} is unknown" for name in sorted(document.keys() - allowed))
-        for name in shape.keys() & document.keys():
-            yield from differences(document[name], shape[name], f"{place}.{name}".lstrip("."))
+        whole = shape | MORE.get("engine/1" if shape is ENGINE_DOCUMENT else place, {})
+        yield from (f"{place}.{name} is missing" for name in sorted(whole.keys() - document.keys()))
+        yield from (f"{place}.{name} is unknown" for name in sorted(document.keys() - whole.keys()))
+        for name in whole.keys() & document.keys():
+            yield from differences(document[name], whole[name], f"{place}.{name}".lstrip("."))
+    elif isinstance(shape, ByName):
+        if not isinstance(document, dict):
+            yield f"{place} is {document!r}, not an object"
+            return
+        for name, item in document.items():
+            yield from differences(item, shape.shape, f"{place}.{name}")
     elif isinstance(shape, list):
         if not isinstance(document, list):
             yield f"{place} is {document!r}, not a list"

@@ -11,9 +11,12 @@ __all__ = ["TinyNetwork", "randomize"]
 
 
 class TinyNetwork(nn.Module):
-    """Convolution, depthwise convolution, squeeze-and-excitation, projection: an MBConv block in miniature."""
+    """Convolution, depthwise convolution, squeeze-and-excitation, projection: an MBConv block in miniature.
 
-    def __init__(self, channels: int, classes: int, width: int = 8) -> None:
+    `linear`: nothing follows the projection, as in EfficientNet, so that TensorRT-RTX has a layer that pays in INT8.
+    """
+
+    def __init__(self, channels: int, classes: int, width: int = 8, *, linear: bool = False) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False),
@@ -25,7 +28,7 @@ class TinyNetwork(nn.Module):
             SqueezeExcitation(width, 4),
             nn.Conv2d(width, 2 * width, 1, bias=False),
             nn.BatchNorm2d(2 * width),
-            nn.SiLU(),
+            nn.Identity() if linear else nn.SiLU(),
         )
         self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(2 * width, classes))
 

@@ -31,11 +31,11 @@ GRAY_PREPROCESS = Preprocess((SIDE, SIDE), None, (0.5,), (0.25,), colour="L")
 DIM_PREPROCESS = Preprocess((SIDE, SIDE), None, (0.4,) * 3, (0.25,) * 3)
 
 
-def _entry(channels: int, weights: Mapping[str, Weights]) -> ModelEntry:
+def _entry(channels: int, weights: Mapping[str, Weights], *, linear: bool = False) -> ModelEntry:
     def build(classes: int) -> nn.Module:
         from tiny_modules import TinyNetwork
 
-        return TinyNetwork(channels, classes)
+        return TinyNetwork(channels, classes, linear=linear)
 
     return ModelEntry("a tiny network for tests", build, weights)
 
@@ -60,6 +60,7 @@ TINY_MODELS = {
             "dim": _weights(3, DIM_PREPROCESS),  # the same weights behind another preprocessing
         },
     ),
+    "tiny_linear": _entry(3, {"default": _weights(3, PREPROCESS)}, linear=True),
     "tiny_gray": _entry(1, {"default": _weights(1, GRAY_PREPROCESS)}),
 }
 
