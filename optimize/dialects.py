@@ -1,6 +1,7 @@
 """The quantized graphs by the names of their dialects: which plan, which integers, which remainder.
 
 * cpu: for onnxruntime on the CPU: U8 asymmetric activations, FP32 remainder
+* openvino: the same for OpenVINO, without the pairs that no integer kernel of it needs
 * tensorrt: for TensorRT: S8, zero-point 0, a scale per output channel, NVIDIA's placement
 * rtx: for TensorRT-RTX: S8, zero-point 0, one scale a weight, only where INT8 costs no kernel
 """
@@ -17,15 +18,13 @@ from edgewright.calibration.ranges import silu
 from edgewright.optimize.cast_fp16 import CastResult, cast_fp16
 from edgewright.optimize.lint import check
 from edgewright.optimize.plan import COMPUTE_OPERATORS, QuantPlan, plan_for_cpu
+from edgewright.optimize.plan_openvino import plan_for_openvino
 from edgewright.optimize.plan_tensorrt import plan_for_rtx, plan_for_tensorrt
 from edgewright.optimize.quantize import quantize_for_cpu
 from edgewright.optimize.quantize_tensorrt import float_weights, quantize_for_tensorrt
 from edgewright.optimize.window_pooling import window_pooling
 
-__all__ = ["DIALECTS", "REMAINDERS", "Quantized", "half_graph", "quantized_graph"]
-
-REMAINDERS = ("fp16", "fp32")
-"""What the layers that are not INT8 may run in on NVIDIA's targets."""
+__all__ = ["DIALECTS", "Quantized", "half_graph", "quantized_graph"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,8 @@ NVIDIA = {
     "tensorrt": NvidiaDialect(plan_for_tensorrt, True, ("10.3", "10.13", "10.16", "11")),
     "rtx": NvidiaDialect(plan_for_rtx, False, ("rtx",)),
 }
-DIALECTS = ("cpu", *NVIDIA)
+CPU = {"cpu": plan_for_cpu, "openvino": plan_for_openvino}
+DIALECTS = (*CPU, *NVIDIA)
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,11 @@ def quantized_graph(
 ) -> Quantized:
     """Folded FP32 `model` with Q/DQ in one of `DIALECTS`; `method` chooses the ranges.
 
-    `remainder`, one of `REMAINDERS`, is what NVIDIA's targets run the other layers in; on a CPU it is FP32.
+    `remainder`, "fp16" or "fp32", is what NVIDIA's targets run the other layers in; on a CPU it is FP32.
     Raises `QuantizationError` if the graph cannot be quantized, or if its target could not read it.
     """
-    if dialect == "cpu":
-        plan = plan_for_cpu(model, table.histograms)
+    if dialect in CPU:
+        plan = CPU[dialect](model, table.histograms)
         ranges = table.ranges(method, plan.activations, dict.fromkeys(plan.silu_inputs, silu))
         return Quantized(quantize_for_cpu(model, plan, ranges), plan)
     nvidia = NVIDIA[dialect]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from ..errors import EngineError
 from .base import Absence, Backend, BuildRequest, Built, Compiled, Runner
 from .onnxruntime_cpu import OnnxRuntimeBackend
+from .openvino_cpu import OpenVinoBackend
 from .tensorrt_gpu import TensorRtBackend
 from .tensorrt_rtx import TensorRtRtxBackend
 
 __all__ = ["BACKENDS", "Absence", "Backend", "BuildRequest", "Built", "Compiled", "Runner", "backend_named"]
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (OnnxRuntimeBackend(), TensorRtRtxBackend(), TensorRtBackend())
+    backend.name: backend
+    for backend in (OnnxRuntimeBackend(), OpenVinoBackend(), TensorRtRtxBackend(), TensorRtBackend())
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgewright.context import RunContext
-from edgewright.graphs import Graphs
+from edgewright.graphs import NVIDIA_DIALECTS, Graphs
 from edgewright.outcome import EngineRow
 from edgewright.runtime.audit import shares_of_work
 from edgewright.runtime.backends import BACKENDS, Absence, Backend, BuildRequest, Built
@@ -38,6 +38,7 @@ class Engines:
     @functools.cached_property
     def rows(self) -> tuple[EngineRow, ...]:
         """A row for every engine that was asked for: built, or skipped or failed with its reason."""
+        _ = self._graphs.folded  # what goes wrong up to here is no matter of one engine: it ends the run
         return tuple(self._row(*combination) for combination in self._combinations())
 
     def graph(self, backend: str, precision: str) -> OnnxArtifact:
@@ -68,15 +69,21 @@ class Engines:
         try:
             graph = self.graph(backend.name, precision)
             if precision == "int8" and not self._graphs.quantized(backend.dialect).int8_layers:
-                self._context.workspace.forget(REPORT_FILE, *files)
+                self._forget(files)
                 return _without(row, NOTHING_TO_GAIN)
             info = self._built(backend, precision, target, graph, files)
         except (CalibrationError, QuantizationError) as error:
-            self._context.workspace.forget(REPORT_FILE, *files)  # an engine of an earlier graph
+            self._forget(files)
             return replace(row, status="failed", reason_code="quantization_failed", reason=str(error))
         except BuildError as error:
             return replace(row, status="failed", reason_code="build_failed", reason=str(error))
         return replace(row, status="built_not_run", reason_code="not_evaluated", path=files[0], info=info)
+
+    def _forget(self, files: tuple[str, str]) -> None:
+        """Removes an engine of an earlier graph, and the report that may recommend it."""
+        workspace = self._context.workspace
+        if any(workspace.path(file).exists() for file in files):
+            workspace.forget(REPORT_FILE, *files)
 
     def _built(
         self, backend: Backend, precision: str, target: str | None, graph: OnnxArtifact, files: tuple[str, str]
@@ -115,7 +122,7 @@ class Engines:
             "backend": f"{backend.name} {backend.version()}",
             "build code": source_hash("runtime/backends", "runtime/specs.py", "runtime/audit.py", "optimize/work.py"),
         }
-        if backend.dialect != "cpu":
+        if backend.dialect in NVIDIA_DIALECTS:
             parts["build options"] = f"{options.profile}, workspace {options.workspace}, DLA {options.dla}"
         name = " ".join(word for word in ("build", backend.name, precision, target) if word)
         self._context.stage(name, parts, files, make, code=CODE)

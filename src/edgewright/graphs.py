@@ -24,11 +24,12 @@ from edgewright.runtime.files import read_json, sha256_of, sha256_of_file, write
 from edgewright.runtime.specs import OnnxArtifact, TensorSpec
 from edgewright.workspace import StageRun, library_versions, source_hash
 
-__all__ = ["Graphs", "QuantizedArtifact"]
+__all__ = ["NVIDIA_DIALECTS", "Graphs", "QuantizedArtifact"]
 
 CODE = "graphs.py"
 CHECK_SEED = 21
 MODEL_FILE, FOLDED_FILE, CALIBRATION_FILE = "model.onnx", "folded.onnx", "calibration.json"
+NVIDIA_DIALECTS = ("tensorrt", "rtx")  # `optimize/dialects.py` imports onnx, a run in which nothing changed must not
 PLAN_SCHEMA = "edgewright.plan/1"
 
 
@@ -202,7 +203,7 @@ class Graphs:
             }
 
         parts = {**self._rewriting_parts(), "method": self._options.method}
-        if dialect != "cpu":
+        if dialect in NVIDIA_DIALECTS:
             parts["remainder"] = self._options.remainder
         run = self._stage(f"quantize {dialect}", parts, (file, plan_file), make)
         return QuantizedArtifact(OnnxArtifact.from_json(run.facts["artifact"]), run.facts["int8_layers"])
