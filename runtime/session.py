@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .backends import backend_named
-from .backends.base import Runner
+from .backends.base import Backend, Runner
 from .engine_files import ENGINES_FOLDER, description_of, read_info, verified_bytes
 from .errors import DataError, EngineError, WorkspaceError
 from .files import read_json
@@ -68,6 +68,7 @@ class Session:
                 f"{path} is {info.backend} {info.precision}, asked for was {backend or 'any'} {precision or 'any'}"
             )
         loader = backend_named(info.backend)
+        _check_version(loader, info)
         engine = verified_bytes(described.with_suffix(loader.suffix), info)
         classes = info.outputs[0].shape[-1]
         if classes != len(info.labels):
@@ -122,6 +123,15 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _check_version(loader: Backend, info: EngineInfo) -> None:
+    """Says in our words what a library would say of another version's engine, if it noticed."""
+    built_with = info.versions.get(loader.name)
+    if loader.version_bound and loader.absence() is None and built_with != loader.version():
+        raise EngineError(
+            f"the engine was built with {loader.name} {built_with}, here is {loader.version()}", "build it again here"
+        )
 
 
 def _pick(folder: Path, backend: str | None, precision: str | None) -> tuple[Path, str]:

@@ -18,7 +18,6 @@ from PIL import Image
 
 from command import Command, Completed
 from edgewright.export.weights import save_checkpoint
-from edgewright.runtime.files import sha256_of_file
 from edgewright.workspace import Workspace
 from tiny_modules import TinyNetwork, randomize
 from tiny_network import LABELS, PREPROCESS
@@ -58,6 +57,17 @@ def tiny(command: Command, build_dir: Path, images: Any) -> Tiny:
         return command("engine", "tiny", "--build-dir", build_dir, *chosen, *images.options, *arguments)
 
     return run
+
+
+def content_of(path: Path) -> object:
+    """What an artefact says; onnxruntime numbers the kernels that it adds itself differently each time."""
+    if path.parent.name != "engines" or path.suffix != ".json":
+        return path.read_bytes()
+    info = json.loads(path.read_text())
+    for kernel in info["kernels"]:
+        if not kernel["sources"]:
+            kernel["name"] = kernel["kind"]
+    return info
 
 
 def succeeded(done: Completed) -> bool:
@@ -301,7 +311,7 @@ def test_one_image_is_little_but_enough(tiny: Tiny, images: Any) -> None:
 @pytest.mark.parametrize("file", ARTEFACTS)
 def test_a_corrupted_artefact_is_made_again(tiny: Tiny, build_dir: Path, file: str) -> None:
     path = build_dir / "tiny" / file
-    before = sha256_of_file(path)
+    before = content_of(path)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
@@ -311,19 +321,19 @@ def test_a_corrupted_artefact_is_made_again(tiny: Tiny, build_dir: Path, file: s
     assert made == {ARTEFACTS[file]: [file]}
     assert f"changed: {file}" in done.err
     if not file.endswith(".key.json"):
-        assert sha256_of_file(path) == before, "the same content came out"
+        assert content_of(path) == before, "the same content came out"
 
 
 @pytest.mark.parametrize("file", ["folded.onnx", "engines/onnxruntime-int8.json", "logits/reference.npy"])
 @pytest.mark.parametrize("truncated", [True, False])
 def test_a_truncated_or_deleted_artefact_is_made_again(tiny: Tiny, build_dir: Path, file: str, truncated: bool) -> None:
     path = build_dir / "tiny" / file
-    content = path.read_bytes()
+    before, content = content_of(path), path.read_bytes()
     path.unlink()
     if truncated:
         path.write_bytes(content[:-9])
     assert tiny().code == 0
-    assert path.read_bytes() == content
+    assert content_of(path) == before
 
 
 def test_results_after_corruption_are_those_before(tiny: Tiny, build_dir: Path) -> None:

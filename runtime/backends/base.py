@@ -132,6 +132,7 @@ class Backend(ABC):
     * dialect: which of the quantized graphs it reads ("cpu", "openvino", "rtx", "tensorrt")
     * suffix: of its engine files
     * targets: the GPU architectures it can be asked for; empty where an engine is for this machine
+    * version_bound: whether an engine runs only with the version of the library that built it
     """
 
     name: ClassVar[str]
@@ -139,6 +140,7 @@ class Backend(ABC):
     dialect: ClassVar[str]
     suffix: ClassVar[str]
     targets: ClassVar[tuple[str, ...]] = ()
+    version_bound: ClassVar[bool] = False
 
     @abstractmethod
     def absence(self) -> Absence | None:

@@ -176,5 +176,6 @@ def _kernels(events: list[dict[str, Any]], planned: tuple[PlannedLayer, ...]) ->
             precision=PRECISION_OF_TYPE.get(kind, kind),
             bytes_read=int(details.get("activation_size", 0)) + int(details.get("parameter_size", 0)),
             bytes_written=int(details.get("output_size", 0)),
+            computes=computes,
         )
     return tuple(kernels.values())

@@ -34,6 +34,7 @@ class TensorRtBackend(Backend):
     precisions = ("fp32", "fp16", "int8")
     dialect = "tensorrt"
     suffix = ".plan"
+    version_bound = True
 
     def absence(self) -> Absence | None:
         """The package, in a version that is known, and a GPU are here, or not."""

@@ -31,6 +31,7 @@ class TensorRtRtxBackend(Backend):
     precisions = ("fp32", "fp16", "int8")
     dialect = "rtx"
     suffix = ".engine"
+    version_bound = True
     targets = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
     def absence(self) -> Absence | None:

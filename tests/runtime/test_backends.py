@@ -7,6 +7,7 @@ import json
 import platform
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,21 @@ from numpy.typing import NDArray
 from edgewright.calibration.collect import collect
 from edgewright.optimize.plan import COMPUTE_OPERATORS, plan_for_cpu
 from edgewright.optimize.quantize import quantize_for_cpu
-from edgewright.runtime.backends import BACKENDS, Absence, Backend, BuildRequest, Built, Runner, backend_named
+from edgewright.optimize.work import planned_layers
+from edgewright.runtime.audit import audited
+from edgewright.runtime.backends import (
+    BACKENDS,
+    Absence,
+    Backend,
+    BuildRequest,
+    Built,
+    Compiled,
+    Runner,
+    backend_named,
+)
 from edgewright.runtime.backends import onnxruntime_cpu as module
 from edgewright.runtime.errors import BuildError, EngineError
-from edgewright.runtime.specs import LayerPrecision, TensorSpec
+from edgewright.runtime.specs import BatchProfile, Kernel, PlannedLayer, TensorSpec
 
 Array = NDArray[Any]
 
@@ -66,6 +78,11 @@ def serialized(model: ir.Model) -> bytes:
     return content
 
 
+def request_for(graph: bytes, precision: str) -> BuildRequest:
+    """To build `graph`, planned as it is."""
+    return BuildRequest(graph, precision, planned_layers(ir.from_proto(onnx.load_from_string(graph))))
+
+
 @pytest.fixture(scope="module")
 def images() -> Array:
     return normal("images", 9, 3, 8, 8)
@@ -85,7 +102,7 @@ def int8_graph(images: Array) -> bytes:
 
 @pytest.fixture(scope="module")
 def int8_built(int8_graph: bytes) -> Built:
-    return ONNXRUNTIME.build(BuildRequest(int8_graph, "int8"))
+    return ONNXRUNTIME.build(request_for(int8_graph, "int8"))
 
 
 def reference(graph: bytes, x: Array) -> Array:
@@ -116,7 +133,7 @@ class FakeRunner(Runner):
 
 
 class FakeBackend(Backend):
-    """Claims to have built its layers in the precisions that it was made with."""
+    """Gives planned layer i a kernel of the i-th precision that it was made with."""
 
     name = "fake"
     precisions = ("fp32", "int8")
@@ -124,7 +141,9 @@ class FakeBackend(Backend):
     suffix = ".fake"
 
     def __init__(self, *precisions: str, absence: Absence | None = None) -> None:
-        self.layers = tuple(LayerPrecision(f"layer {i}", "Conv", word) for i, word in enumerate(precisions))
+        self.kernels = tuple(
+            Kernel(f"kernel {i}", "conv", (f"layer {i}",), word, computes=True) for i, word in enumerate(precisions)
+        )
         self.absent = absence
         self.builds = 0
 
@@ -134,9 +153,12 @@ class FakeBackend(Backend):
     def version(self) -> str:
         return "1"
 
-    def build_impl(self, request: BuildRequest) -> Built:
+    def unsupported(self, precision: str, target: str | None) -> Absence | None:
+        return Absence("target_unsupported", f"fake does not know {target}", "leave it out") if target else None
+
+    def compile(self, request: BuildRequest) -> Compiled:
         self.builds += 1
-        return Built(request.onnx, (INPUT,), (OUTPUT,), self.layers)
+        return Compiled(request.onnx, (INPUT,), (OUTPUT,), self.kernels)
 
     def open(self, engine: bytes, *, threads: int = 0) -> Runner:
         return FakeRunner()
@@ -146,37 +168,89 @@ def fake_feeds(**changes: Any) -> dict[str, Any]:
     return {"x": np.ones((2, 3, 8, 8), np.float32), "k": np.ones(2, np.float16), **changes}
 
 
-@pytest.mark.parametrize("found", [("int8",), ("fp32", "int8"), ("int8", "fp16", "int8")])
-def test_build_accepts_an_engine_with_the_precision_asked_for(found: tuple[str, ...]) -> None:
-    built = FakeBackend(*found).build(BuildRequest(b"graph", "int8"))
-    assert tuple(layer.precision for layer in built.layers) == found
-    assert built.engine == b"graph"
+def fake_request(*planned: str, macs: tuple[int, ...] = (), **more: Any) -> BuildRequest:
+    """For as many layers, the i-th planned in the i-th precision, with so much work, or with equal work."""
+    work = macs or (100,) * len(planned)
+    layers = [PlannedLayer(f"layer {i}", "Conv", word, work[i]) for i, word in enumerate(planned)]
+    return BuildRequest(b"graph", "int8", tuple(layers), **more)
+
+
+@pytest.mark.parametrize("planned", [(), ("int8",), ("fp32", "int8"), ("int8", "fp16", "int8"), ("fp32", "fp32")])
+def test_build_accepts_an_engine_that_keeps_the_plan(planned: tuple[str, ...]) -> None:
+    built = FakeBackend(*planned).build(fake_request(*planned))
+    assert tuple(layer.actual for layer in built.layers) == planned
+    assert tuple(layer.kernel for layer in built.layers) == tuple(f"kernel {i}" for i in range(len(planned)))
+    assert built.compiled.engine == b"graph"
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("planned", "found", "message"),
     [
-        (("fp32", "fp32"), r"built no layer in int8: its 2 compute layers run in fp32; look at the plan"),
-        (("fp32", "fp16"), r"run in fp16, fp32"),
-        ((), r"its 0 compute layers run in nothing known"),
+        (
+            ("int8", "int8"),
+            ("fp32", "fp32"),
+            r"fake runs 0.0 % of the work in int8, planned were 100.0 %: layer 0 \(int8 → fp32\), "
+            r"layer 1 \(int8 → fp32\); change the plan or the target; such an engine is not kept",
+        ),
+        (("int8", "int8"), ("int8", "fp16"), r"runs 50.0 % .* planned were 100.0 %: layer 1 \(int8 → fp16\);"),
+        (("int8", "fp16"), ("int8", "fp32"), r"runs 50.0 % .* planned were 50.0 %: layer 1 \(fp16 → fp32\);"),
+        (("fp32", "fp32"), ("int8", "fp32"), r"runs 50.0 % .* planned were 0.0 %: layer 0 \(fp32 → int8\);"),
+        (("int8",), (), r"runs 0.0 % .* planned were 100.0 %: layer 0 \(int8 → missing\);"),
     ],
 )
-def test_build_refuses_an_engine_without_the_precision_asked_for(found: tuple[str, ...], message: str) -> None:
-    with pytest.raises(BuildError, match=message):
-        FakeBackend(*found).build(BuildRequest(b"graph", "int8"))
+def test_build_refuses_an_engine_that_departs_from_the_plan(
+    planned: tuple[str, ...], found: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(BuildError, match=message) as caught:
+        FakeBackend(*found).build(fake_request(*planned))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("count", "more"), [(5, ""), (6, " and 1 more"), (99, " and 94 more")])
+def test_build_names_the_five_layers_with_the_most_work(count: int, more: str) -> None:
+    work = tuple((7 * i) % count + 1 if count % 7 else i + 1 for i in range(count))
+    assert sorted(work) == list(range(1, count + 1)), "each amount of work once, in no order"
+    request = fake_request(*["int8"] * count, "int8", macs=(*work, 10_000))
+    with pytest.raises(BuildError) as caught:
+        FakeBackend(*["fp16"] * count, "int8").build(request)
+    largest = [work.index(macs) for macs in range(count, count - 5, -1)]
+    named = ", ".join(f"layer {index} (int8 → fp16)" for index in largest)
+    share = 100 * 10_000 / (10_000 + sum(work))
+    assert caught.value.message == (
+        f"fake runs {share:.1f} % of the work in int8, planned were 100.0 %: {named}{more}"
+    )
+
+
+def test_build_refuses_what_is_not_supported_without_trying() -> None:
+    backend = FakeBackend("int8")
+    with pytest.raises(BuildError, match="fake does not know sm1; leave it out"):
+        backend.build(fake_request("int8", target="sm1"))
+    assert backend.builds == 0
+
+
+def test_an_engine_can_run_where_its_backend_is() -> None:
+    absence = Absence("package_missing", "fake is not here", "pip install fake")
+    assert FakeBackend().cannot_run() is None
+    assert FakeBackend(absence=absence).cannot_run() == absence
+
+
+def test_what_is_not_asked_for_is_the_usual() -> None:
+    request = BuildRequest(b"", "int8", ())
+    assert (request.target, request.workspace, request.dla, request.timing_cache) == (None, None, None, b"")
+    assert request.profile == BatchProfile(1, 8, 32)
 
 
 def test_build_refuses_an_unknown_precision_without_trying() -> None:
     backend = FakeBackend("int4")
     with pytest.raises(BuildError, match=r"fake cannot build int4; choose one of \('fp32', 'int8'\)"):
-        backend.build(BuildRequest(b"graph", "int4"))
+        backend.build(BuildRequest(b"graph", "int4", ()))
     assert backend.builds == 0
 
 
 def test_build_of_an_absent_backend_says_what_helps() -> None:
     backend = FakeBackend("int8", absence=Absence("package_missing", "fake is not here", "pip install fake"))
     with pytest.raises(BuildError, match="fake is not here; pip install fake"):
-        backend.build(BuildRequest(b"graph", "int8"))
+        backend.build(fake_request("int8"))
     assert backend.builds == 0
 
 
@@ -254,19 +328,23 @@ def test_unknown_backend_is_refused_with_the_known(name: str) -> None:
 
 
 def test_fp32_reads_back_as_fp32(fp32_graph: bytes) -> None:
-    built = ONNXRUNTIME.build(BuildRequest(fp32_graph, "fp32"))
-    assert {layer.precision for layer in built.layers} == {"fp32"}
-    assert len(built.layers) == 3
-    assert (built.inputs, built.outputs) == ((INPUT,), (OUTPUT,))
-    assert built.versions == {"onnxruntime": onnxruntime.__version__}
-    assert built.engine == fp32_graph
+    built = ONNXRUNTIME.build(request_for(fp32_graph, "fp32"))
+    assert [(layer.name, layer.actual) for layer in built.layers] == [
+        ("conv", "fp32"), ("depthwise", "fp32"), ("head", "fp32")
+    ]  # fmt: skip
+    assert (built.compiled.inputs, built.compiled.outputs) == ((INPUT,), (OUTPUT,))
+    assert built.compiled.versions == {"onnxruntime": onnxruntime.__version__}
+    assert built.compiled.engine == fp32_graph
+    assert built.compiled.profile is None, "it takes any batch"
 
 
 def test_int8_reads_back_as_int8_in_every_planned_layer(int8_built: Built) -> None:
-    planned = [d for d in plan_for_cpu(net()).nodes_in("int8") if d.operator in COMPUTE_OPERATORS]
-    assert [layer.precision for layer in int8_built.layers] == ["int8"] * len(planned)
-    assert sorted(layer.operator for layer in int8_built.layers) == ["QGemm", "QLinearConv", "QLinearConv"]
-    assert (int8_built.inputs, int8_built.outputs) == ((INPUT,), (OUTPUT,))
+    planned = [d.node for d in plan_for_cpu(net()).nodes_in("int8") if d.operator in COMPUTE_OPERATORS]
+    assert [(layer.name, layer.actual) for layer in int8_built.layers] == [(name, "int8") for name in planned]
+    kernels = {kernel.name: kernel for kernel in int8_built.compiled.kernels}
+    kinds = sorted(kernels[layer.kernel].kind for layer in int8_built.layers)
+    assert kinds == ["QGemm", "QLinearConv", "QLinearConv"]
+    assert (int8_built.compiled.inputs, int8_built.compiled.outputs) == ((INPUT,), (OUTPUT,))
 
 
 def test_a_layer_that_stays_float_is_seen(images: Array) -> None:
@@ -277,18 +355,30 @@ def test_a_layer_that_stays_float_is_seen(images: Array) -> None:
     for node in tuple(quantized.graph):  # a mutant: the depthwise layer reads a tensor without Q/DQ
         if node.name == "depthwise":
             node.replace_input_with(0, next(n for n in quantized.graph if n.name == "relu").outputs[0])
-    built = ONNXRUNTIME.build(BuildRequest(serialized(quantized), "int8"))
-    assert {layer.precision for layer in built.layers} == {"fp32", "int8"}  # seen, and not taken for all INT8
+    request = request_for(serialized(quantized), "int8")
+    assert {layer.name: layer.precision for layer in request.planned} == {
+        "conv": "int8", "depthwise": "fp32", "head": "int8"
+    }  # fmt: skip
+    found = {layer.name: layer.actual for layer in audited(request.planned, ONNXRUNTIME.compile(request).kernels)}
+    assert found == {"conv": "fp32", "depthwise": "fp32", "head": "int8"}, "two read its float result"
+    with pytest.raises(BuildError, match=r"planned were 75.1 %: conv \(int8 → fp32\); change the plan"):
+        ONNXRUNTIME.build(request)
+
+
+def mislabelled(graph: bytes, precision: str) -> BuildRequest:
+    """To build `graph`, but planned in `precision` throughout."""
+    request = request_for(graph, precision)
+    return replace(request, planned=tuple(replace(layer, precision=precision) for layer in request.planned))
 
 
 def test_a_silently_float_graph_is_not_taken_for_int8(fp32_graph: bytes) -> None:
-    with pytest.raises(BuildError, match=r"built no layer in int8: its 3 compute layers run in fp32"):
-        ONNXRUNTIME.build(BuildRequest(fp32_graph, "int8"))
+    with pytest.raises(BuildError, match=r"onnxruntime runs 0.0 % of the work in int8, planned were 100.0 %: conv \(int"):
+        ONNXRUNTIME.build(mislabelled(fp32_graph, "int8"))
 
 
 def test_an_integer_graph_is_not_taken_for_fp32(int8_graph: bytes) -> None:
-    with pytest.raises(BuildError, match=r"built no layer in fp32: its 3 compute layers run in int8"):
-        ONNXRUNTIME.build(BuildRequest(int8_graph, "fp32"))
+    with pytest.raises(BuildError, match=r"onnxruntime runs 0.0 % of the work in fp32, planned were 100.0 %: conv \(fp"):
+        ONNXRUNTIME.build(mislabelled(int8_graph, "fp32"))
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "unknown operator"])
@@ -301,7 +391,7 @@ def test_a_graph_that_does_not_load_is_an_error_of_one_line(fp32_graph: bytes, d
         "unknown operator": unknown,
     }[damage]
     with pytest.raises(BuildError, match="onnxruntime refused the fp32 graph: onnxruntime cannot load") as building:
-        ONNXRUNTIME.build(BuildRequest(content, "fp32"))
+        ONNXRUNTIME.build(BuildRequest(content, "fp32", ()))
     with pytest.raises(EngineError, match=r"onnxruntime cannot load the graph: .*build it again") as opening:
         ONNXRUNTIME.open(content)
     assert "\n" not in str(building.value) + str(opening.value)
@@ -317,7 +407,7 @@ def impossible() -> bytes:
 
 def test_a_graph_that_does_not_run_is_an_error_of_one_line() -> None:
     with pytest.raises(BuildError, match="refused the fp32 graph: onnxruntime cannot run the graph") as building:
-        ONNXRUNTIME.build(BuildRequest(impossible(), "fp32"))
+        ONNXRUNTIME.build(BuildRequest(impossible(), "fp32", ()))
     with (
         ONNXRUNTIME.open(impossible()) as runner,
         pytest.raises(EngineError, match="cannot run the graph") as running,
@@ -330,7 +420,7 @@ def test_building_leaves_nothing_behind(fp32_graph: bytes, tmp_path: Any, monkey
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.chdir(tmp_path)
-    ONNXRUNTIME.build(BuildRequest(fp32_graph, "fp32"))
+    ONNXRUNTIME.build(request_for(fp32_graph, "fp32"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -347,8 +437,24 @@ def test_profile_of_an_unknown_type_is_reported_as_it_is() -> None:
         event("e_kernel_time", "Relu", [{"float": [1]}]),
         {"name": "session_initialization"},
     ]
-    layers = module._compute_layers(json.loads(json.dumps(events)))
-    assert [(layer.name, layer.precision) for layer in layers] == [("a", "fp32"), ("b", "float8"), ("c", "unknown")]
+    planned = tuple(PlannedLayer(name, "Conv", "int8", 1) for name in "abcde")
+    kernels = module._kernels(json.loads(json.dumps(events)), planned)
+    assert [(kernel.name, kernel.precision, kernel.sources) for kernel in kernels] == [
+        ("a", "fp32", ("a",)),
+        ("b", "float8", ("b",)),
+        ("c", "unknown", ("c",)),
+        ("e", "fp32", ()),  # it computes no product
+    ]
+
+
+def test_traffic_is_read_off_the_profile() -> None:
+    details = {"op_name": "Conv", "input_type_shape": [{"float": [1]}]}
+    sizes = {"activation_size": "100", "parameter_size": "20", "output_size": "3"}  # onnxruntime writes text
+    events = [
+        {"name": "a_kernel_time", "args": details | sizes},
+        {"name": "b_kernel_time", "args": details},
+    ]
+    assert [(kernel.bytes_read, kernel.bytes_written) for kernel in module._kernels(events, ())] == [(120, 3), (0, 0)]
 
 
 # --- onnxruntime: running ----------------------------------------------------------------------------------------
@@ -364,9 +470,9 @@ def test_fp32_engine_computes_the_graph(fp32_graph: bytes, images: Array, batch:
 
 
 def test_int8_engine_computes_the_quantized_graph(int8_built: Built, fp32_graph: bytes, images: Array) -> None:
-    with ONNXRUNTIME.open(int8_built.engine) as runner:
+    with ONNXRUNTIME.open(int8_built.compiled.engine) as runner:
         found = runner.infer({"x": images})["y"]
-    simulated, exact = reference(int8_built.engine, images), reference(fp32_graph, images)
+    simulated, exact = reference(int8_built.compiled.engine, images), reference(fp32_graph, images)
     assert np.abs(found - simulated).max() <= 0.03 * np.ptp(exact)  # ties may fall to either side
     assert 0 < np.abs(found - exact).max() <= 0.06 * np.ptp(exact)
 
@@ -444,7 +550,7 @@ def test_absent_package_is_said_with_the_hint(fp32_graph: bytes, monkeypatch: py
         "package_missing", "the package onnxruntime is not installed", "pip install 'edgewright[cpu]'"
     )
     with pytest.raises(BuildError, match=r"not installed; pip install 'edgewright\[cpu\]'"):
-        ONNXRUNTIME.build(BuildRequest(fp32_graph, "fp32"))
+        ONNXRUNTIME.build(request_for(fp32_graph, "fp32"))
     with pytest.raises(EngineError, match=r"not installed; pip install 'edgewright\[cpu\]'"):
         ONNXRUNTIME.open(fp32_graph)
 
