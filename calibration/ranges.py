@@ -166,11 +166,11 @@ def mse_range(histogram: Histogram, transfer: Transfer | None = None) -> Range:
 def symmetric(interval: Range) -> Range:
     """The smallest range around 0 that holds `interval` and has the levels of S8: −128 … 127 steps.
 
-    On it U8 with zero-point 128 and S8 with zero-point 0 are the same values, so that what measures errors in the one
-    measures them in the other.
+    Of such a range that is the range itself. On it U8 with zero-point 128 and S8 with zero-point 0 are the same values,
+    so that what measures errors in the one measures them in the other.
     """
-    magnitude = max(abs(interval.low), abs(interval.high))
-    return Range(-magnitude * 128 / 127, magnitude)
+    step = max(-interval.low / 128, interval.high / 127)
+    return Range(-128 * step, 127 * step)
 
 
 def symmetric_mse_range(histogram: Histogram) -> Range:

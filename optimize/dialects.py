@@ -85,8 +85,8 @@ def quantized_graph(
         ranges = table.ranges(method, plan.activations, dict.fromkeys(plan.silu_inputs, silu))
         return Quantized(quantize_for_cpu(model, plan, ranges), plan)
     nvidia = NVIDIA[dialect]
+    plan = nvidia.plan(model, table.histograms)  # before the pooling of a gate looks like any other
     pooled = window_pooling(model).model
-    plan = nvidia.plan(pooled, table.histograms)
     ranges = table.ranges(method, plan.activations, signed=True)
     rest, plan = _with_remainder(pooled, plan, table, remainder)
     quantized = quantize_for_tensorrt(rest, plan, ranges, float_weights(pooled), per_channel=nvidia.per_channel)

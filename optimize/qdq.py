@@ -60,13 +60,13 @@ def asymmetric_u8(interval: Range) -> QParams:
 
 
 def symmetric_s8(interval: Range, dtype: type[np.floating] = np.float32) -> QParams:
-    """Scale so that −127…127 covers `interval`, zero-point 0; a tensor of zeros gets scale 1.
+    """Scale so that −128…127 covers `interval`, zero-point 0; a tensor of zeros gets scale 1.
 
     `dtype` is that of the tensor and so of its scale, float32 or float16.
     """
-    magnitude = max(abs(interval.low), abs(interval.high))
+    step = max(-interval.low / 128, interval.high / 127)
     smallest = SMALLEST_HALF if dtype is np.float16 else SMALLEST_SCALE
-    scale = np.asarray(max(magnitude / 127, smallest) if magnitude else 1.0, dtype)
+    scale = np.asarray(max(step, smallest) if step > 0 else 1.0, dtype)
     return QParams(scale, np.asarray(0, np.int8))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from command import DRIVER, Command, Completed, run_process
-from contract import ENGINE_DOCUMENT, ERROR_DOCUMENT, STAGE, differences
+from contract import AUDIT_DOCUMENT, ENGINE_DOCUMENT, ERROR_DOCUMENT, STAGE, differences
 from edgewright import console
 from edgewright.outcome import Outcome
 from edgewright.runtime.errors import WorkspaceError
@@ -230,6 +230,174 @@ def test_output_that_cannot_be_written(option: tuple[str, ...]) -> None:
     assert process.returncode == 1
     assert "No space left on device" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+# Engines for a GPU, and the audit
+
+
+@pytest.fixture
+def linear(command: Command, gpu_build_dir: Path, images: Any) -> Tiny:
+    """A command on the network with engines for a GPU, in the test's copy of the finished build folder."""
+    chosen = ("--max-drop", 8, "--backend", "onnxruntime", "--backend", "tensorrt-rtx", "--target", "sm86")
+
+    def run(name: str, *arguments: object) -> Completed:
+        return command(name, "tiny_linear", "--build-dir", gpu_build_dir, *chosen, *images.options, *arguments)
+
+    return run
+
+
+def test_the_document_with_engines_for_a_gpu(linear: Tiny) -> None:
+    done = linear("engine", "--json")
+    assert done.code == 0
+    assert list(differences(done.document, ENGINE_DOCUMENT)) == []
+    rows = [engine for engine in done.document["engines"] if engine["target"] == "sm86"]
+    assert [engine["precision"]["requested"] for engine in rows] == ["fp32", "fp16", "int8"]
+    assert [engine["precision"]["actual"] for engine in rows] == [{"fp32": 6}, {"fp16": 6}, {"fp16": 5, "int8": 1}]
+    for engine in rows:
+        audit = engine["audit"]
+        assert audit["share_planned"] == audit["share_actual"] > 0
+        assert min(audit["kernels"], audit["bytes_read"], audit["bytes_written"]) > 0
+        assert engine["parity"] is None or engine["parity"]["source"] in ("engine", "simulation")
+
+
+@pytest.mark.parametrize("columns", ["80", "50"])
+def test_the_table_with_engines_for_a_gpu(linear: Tiny, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    done = linear("engine")
+    assert done.code == 0
+    lines = done.out.splitlines()
+    table = lines[: lines.index("")]
+    assert max(map(len, table)) <= 80
+    assert sum(line.startswith("tensorrt-rtx sm86") for line in table) == 3
+
+
+def test_quantize_writes_the_fp16_graph_and_one_for_each_dialect(tiny: Tiny) -> None:
+    document = tiny("quantize", "--json").document
+    graphs = {Path(graph["path"]).name: graph for graph in document["graphs"]}
+    assert {"fp16.onnx", "int8-cpu.onnx", "int8-rtx.onnx", "int8-tensorrt.onnx"} <= graphs.keys()
+    assert (graphs["int8-cpu.onnx"]["int8_layers"], graphs["int8-cpu.onnx"]["layers"]) == (4, 6)
+    assert graphs["int8-rtx.onnx"]["int8_layers"] == 0
+    lines = [" ".join(line.split()) for line in tiny("quantize").out.splitlines()]
+    assert lines[0] == f"graphs: {len(graphs)}"
+    assert f"int8-cpu {graphs['int8-cpu.onnx']['path']} 4 6" in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--backend", "abacus"), "unknown backend 'abacus'; choose from onnxruntime, "),
+        (("--precision", "int4"), "unknown precision 'int4'; choose from fp32, "),
+        (("--target", "sm87"), "unknown target 'sm87'; choose from sm75, sm80, sm86, sm89, sm120, sm121"),
+        (("--target", "sm86,sm1"), "unknown target 'sm1'; "),
+        (("--batch", "8,4,32"), "the batch sizes 8, 4, 32 are not in order; give 1 ≤ minimum ≤ optimum ≤ maximum"),
+        (("--batch", "0"), "the batch sizes 0, 0, 0 are not in order; "),
+    ],
+)
+def test_wrong_choices_of_engines(tiny: Tiny, arguments: tuple[str, ...], words: str) -> None:
+    assert tiny("engine", *arguments).error.startswith(words)
+    document = tiny("engine", "--json", *arguments).document
+    assert list(differences(document, ERROR_DOCUMENT)) == []
+    assert document["error"] == "BuildError"
+
+
+@pytest.mark.parametrize("value", ["", "1,2", "1,2,3,4", "a", "1,b,3", "-1", "1.5", "1;2;3"])
+def test_batch_sizes_that_are_none(command: Command, value: str) -> None:
+    done = command("engine", "tiny", f"--batch={value}")
+    assert done.code == 2
+    assert f"{value!r} is neither one batch size nor three" in done.err
+
+
+def test_batch_sizes_are_one_or_three(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgewright import cli
+
+    given: list[dict[str, Any]] = []
+
+    def noted(**arguments: Any) -> int:
+        given.append(arguments)
+        return 0
+
+    monkeypatch.setattr(cli, "_prove", noted)
+    for value in ("4", "1, 8,32"):
+        assert command("engine", "tiny", "--batch", value).code == 0
+    assert command("engine", "tiny").code == 0
+    assert [arguments["batch"] for arguments in given] == [(4, 4, 4), (1, 8, 32), (1, 8, 32)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_an_engine_is_audited(
+    command: Command, gpu_build_dir: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    engine = gpu_build_dir / "tiny_linear" / "engines" / f"tensorrt-rtx-{precision}-sm86.engine"
+    as_json = command("audit", engine, "--json")
+    assert (as_json.code, as_json.err) == (0, "")
+    document = as_json.document
+    assert list(differences(document, AUDIT_DOCUMENT)) == []
+    assert (document["engine"], document["target"]) == (str(engine), "sm86")
+    assert document["share_actual"] == document["share_planned"]
+    assert [layer["requested"] for layer in document["layers"]] == [layer["actual"] for layer in document["layers"]]
+    assert document["bytes_read"] == sum(kernel["bytes_read"] for kernel in document["kernels"])
+    text = command("audit", engine)
+    assert text.code == 0
+    *table, line = text.out.splitlines()
+    assert max(map(len, table)) <= 80
+    assert line.startswith(f"{100 * document['share_actual']:.1f} % of the work in {precision} ")
+    assert f"{len(document['kernels'])} kernels" in line
+
+
+def test_an_engine_for_the_cpu_is_audited(command: Command, build_dir: Path) -> None:
+    done = command("audit", build_dir / "tiny" / "engines" / "onnxruntime-int8.onnx", "--json")
+    assert list(differences(done.document, AUDIT_DOCUMENT)) == []
+    assert done.document["precision"] == {"requested": "int8", "actual": {"int8": 4, "fp32": 2}}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("truncated", "is not the engine that was built (its SHA-256 differs); build it again"),
+        ("description missing", "is not an engine: no onnxruntime-int8.json describes it; engines are in build/MODEL"),
+        ("description broken", "no description of the engine: "),
+        ("folder", "there is no engine "),
+        ("missing", "there is no engine "),
+        ("description named", "onnxruntime-int8.json is not an engine: no onnxruntime-int8.json describes it"),
+        ("another graph", "is not an engine: no folded.json describes it"),
+    ],
+)
+def test_an_audit_refuses(command: Command, build_dir: Path, damage: str, words: str) -> None:
+    path = build_dir / "tiny" / "engines" / "onnxruntime-int8.onnx"
+    match damage:
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:-10])
+        case "description missing":
+            path.with_suffix(".json").unlink()
+        case "description broken":
+            path.with_suffix(".json").write_text("{")
+        case "folder":
+            path = path.parent
+        case "missing":
+            path = path.with_name("absent.onnx")
+        case "description named":
+            path = path.with_suffix(".json")
+        case "another graph":
+            path = build_dir / "tiny" / "folded.onnx"
+    done = command("audit", path)
+    assert words in done.error
+    assert done.out == ""
+    assert list(differences(command("audit", path, "--json").document, ERROR_DOCUMENT)) == []
+
+
+@pytest.mark.parametrize("stage", ["build tensorrt-rtx int8 sm86", "quantize rtx", "simulate int8-rtx"])
+def test_a_run_killed_in_a_stage_for_a_gpu_goes_on(gpu_build_dir: Path, images: Any, stage: str) -> None:
+    chosen = ("--max-drop", 8, "--backend", "onnxruntime", "--backend", "tensorrt-rtx", "--target", "sm86")
+    arguments = ("engine", "tiny_linear", "--build-dir", gpu_build_dir, *chosen, *images.options, "--json")
+    (gpu_build_dir / "tiny_linear" / f"{stage}.key.json").unlink()
+    killed = run_process(*arguments, TINY_KILL_IN=stage)
+    assert killed.code == -signal.SIGKILL, killed.err
+    assert list(gpu_build_dir.rglob(".partial-*")), "the temporary file was there"
+    done = run_process(*arguments)
+    assert done.code == 0, done.err
+    assert [each["name"] for each in done.document["stages"] if not each["cached"]] == [stage]
+    assert not list(gpu_build_dir.rglob(".partial-*"))
 
 
 # run

@@ -28,9 +28,14 @@ def row(
 ) -> EngineRow:
     """A simulated row of so many kernels that together move so many bytes; None is unknown."""
     read = None if moved is None else moved - 1
-    listed = [Kernel("k0", "", (), precision, read, 1), *(Kernel(f"k{i}", "", (), precision, 0, 0) for i in range(1, kernels))]
+    listed = [
+        Kernel("k0", "", (), precision, read, 1),
+        *(Kernel(f"k{i}", "", (), precision, 0, 0) for i in range(1, kernels)),
+    ]
     info = EngineInfo("rtx", precision, target, (), (), PREPROCESS, (), "", "", 1, (), tuple(listed[:kernels]))
-    simulated = EngineRow("rtx", precision, target, "simulated", code, "", f"{precision}-{target}", info, parity("simulation"))
+    simulated = EngineRow(
+        "rtx", precision, target, "simulated", code, "", f"{precision}-{target}", info, parity("simulation")
+    )
     return replace(simulated, **more)
 
 

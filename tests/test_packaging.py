@@ -257,6 +257,15 @@ def test_base_install_says_what_a_workstation_command_lacks(base: Environment, c
     assert re.fullmatch(r"error: \w+ is not installed here; pip install 'edgewright\[build,cpu\]'\n", result.stderr)
 
 
+def test_base_install_audits_an_engine(base: Environment, engine: Path) -> None:
+    result = base.run("edgewright", "audit", engine, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["schema"] == "edgewright.audit/1"
+    plain = base.run("edgewright", "audit", engine)
+    assert plain.returncode == 1
+    assert plain.stderr == "error: rich is not installed here; pip install 'edgewright[build,cpu]'\n"
+
+
 def test_base_install_says_that_a_backend_is_missing(base: Environment, engine: Path, green: Path) -> None:
     result = base.run("edgewright", "run", "--engine", engine, green)
     assert result.returncode == 1

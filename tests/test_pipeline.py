@@ -36,7 +36,7 @@ from edgewright.runtime.errors import (
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.session import REPORT_FILE, Session
 from edgewright.runtime.specs import BatchProfile
-from edgewright.workspace import FIRST_TIME, library_versions, source_hash
+from edgewright.workspace import FIRST_TIME, library_versions
 from stage_modules import replace_in_stages
 from tiny_network import LABELS, PREPROCESS, write_images
 
@@ -176,7 +176,18 @@ def test_time_stamps_and_places_do_not_matter(prove: Prove, build_dir: Path, ima
 
 def test_a_run_without_changes_imports_neither_torch_nor_onnx(build_dir: Path, images: Any, tmp_path: Path) -> None:
     file = tmp_path / "modules.json"
-    arguments = ("engine", "tiny", "--build-dir", build_dir, *images.options, "--max-drop", 8, "--json", "--backend", "onnxruntime")
+    arguments = (
+        "engine",
+        "tiny",
+        "--build-dir",
+        build_dir,
+        *images.options,
+        "--max-drop",
+        8,
+        "--json",
+        "--backend",
+        "onnxruntime",
+    )
     done = run_process(*arguments, TINY_MODULES_TO=str(file))
     assert done.code == 0, done.err
     assert all(stage["cached"] for stage in done.document["stages"])
@@ -657,3 +668,209 @@ def test_evaluation_labels_are_those_of_the_model(prove: Prove, images: Any, tmp
     (tmp_path / "named" / "red").rename(tmp_path / "named" / "purple")
     with pytest.raises(DataError, match="'purple'"):
         prove(evaluation=tmp_path / "named")
+
+
+# Engines for a GPU that is not here
+
+RTX = ("build tensorrt-rtx fp32 sm86", "build tensorrt-rtx fp16 sm86", "build tensorrt-rtx int8 sm86")
+GPU_STAGES = (
+    "export",
+    "fold",
+    "build onnxruntime fp32",
+    "calibrate",
+    "quantize cpu",
+    "build onnxruntime int8",
+    "build tensorrt-rtx fp32 sm86",
+    "cast fp16",
+    "build tensorrt-rtx fp16 sm86",
+    "quantize rtx",
+    "build tensorrt-rtx int8 sm86",
+    "reference",
+    "verify onnxruntime fp32",
+    "verify onnxruntime int8",
+    "simulate fp16",
+    "simulate int8-rtx",
+    "latency",
+)
+
+
+@pytest.fixture
+def prove_gpu(gpu_build_dir: Path, images: Any) -> Prove:
+    """Runs everything for `tiny_linear` and one GPU architecture in the test's copy of the finished build folder."""
+
+    def run(model: str = "tiny_linear", **options: Any) -> Outcome:
+        given = {"build_dir": gpu_build_dir, "calibration": images.calibration, "evaluation": images.evaluation}
+        chosen = {"budget": 0.08, "backends": ("onnxruntime", "tensorrt-rtx"), "targets": ("sm86",)}
+        pipeline = Pipeline(Options(model, **{**chosen, **given, **options}))
+        with pipeline.workspace.locked():
+            return pipeline.prove()
+
+    return run
+
+
+def gpu_rows(outcome: Outcome) -> dict[str, EngineRow]:
+    return {row.precision: row for row in outcome.rows if row.backend == "tensorrt-rtx"}
+
+
+@pytest.fixture
+def without_gpu() -> None:
+    if BACKENDS["tensorrt-rtx"].cannot_run() is None:
+        pytest.skip("there is an RTX GPU here")
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_engines_for_a_gpu_are_built_and_simulated(finished_gpu: tuple[Path, Outcome]) -> None:
+    build_dir, outcome = finished_gpu
+    assert tuple(run.name for run in outcome.stages) == GPU_STAGES
+    rows = gpu_rows(outcome)
+    assert {name: row.status for name, row in rows.items()} == {
+        "fp32": "built_not_run", "fp16": "simulated", "int8": "simulated"
+    }  # fmt: skip
+    assert (rows["fp32"].reason_code, rows["fp32"].parity) == ("device_missing", None)
+    for row in rows.values():
+        assert (row.target, row.latency, row.ran) == ("sm86", None, False)
+        assert row.info is not None
+        assert (build_dir / "tiny_linear" / str(row.path)).stat().st_size == row.info.bytes
+        assert row.info.versions == {"tensorrt-rtx": BACKENDS["tensorrt-rtx"].version()}
+        assert row.info.profile == BatchProfile(1, 8, 32)
+        assert row.traffic is not None
+    for precision in ("fp16", "int8"):
+        parity = rows[precision].parity
+        assert parity is not None
+        assert (parity.source, parity.images) == ("simulation", 60)
+        assert parity.sqnr_db is not None
+        assert 10 < parity.sqnr_db < 90, "rounded, neither lost nor exact"
+    plain, half, integer = (rows[name].info for name in ("fp32", "fp16", "int8"))
+    assert plain is not None
+    assert half is not None
+    assert integer is not None
+    assert (plain.actual_precision, half.actual_precision) == ({"fp32": 6}, {"fp16": 6})
+    assert integer.actual_precision == {"int8": 1, "fp16": 5}, "the projection behind the gate"
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_what_did_not_run_here_is_a_choice_for_its_target_alone(finished_gpu: tuple[Path, Outcome]) -> None:
+    outcome = finished_gpu[1]
+    assert outcome.recommended is not None
+    assert outcome.recommended.backend == "onnxruntime"
+    (choice,) = outcome.targets
+    rows = gpu_rows(outcome)
+    assert choice.target == "sm86"
+    assert choice.row in (rows["fp16"], rows["int8"])
+    assert choice.row.reason_code == "pass"
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_nothing_for_a_gpu_is_made_twice(prove_gpu: Prove, finished_gpu: tuple[Path, Outcome]) -> None:
+    again = prove_gpu()
+    assert made(again) == {}
+    assert (again.rows, again.targets) == (finished_gpu[1].rows, finished_gpu[1].targets)
+
+
+def test_a_warm_run_with_gpu_rows_imports_no_library(gpu_build_dir: Path, images: Any, tmp_path: Path) -> None:
+    file = tmp_path / "modules.json"
+    chosen = ("--backend", "onnxruntime", "--backend", "tensorrt-rtx", "--target", "sm86", "--max-drop", 8, "--json")
+    arguments = ("engine", "tiny_linear", "--build-dir", gpu_build_dir, *images.options, *chosen)
+    done = run_process(*arguments, TINY_MODULES_TO=str(file))
+    assert done.code == 0, done.err
+    assert all(stage["cached"] for stage in done.document["stages"])
+    assert {stage["name"] for stage in done.document["stages"]} >= {*RTX}
+    imported = {name.partition(".")[0] for name in json.loads(file.read_text())}
+    assert not imported & {"torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "scipy"}
+
+
+@pytest.mark.usefixtures("without_gpu")
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"profile": BatchProfile(1, 1, 4)}, dict.fromkeys(RTX, ("build options",))),
+        ({"workspace": 1 << 28}, dict.fromkeys(RTX, ("build options",))),
+        (
+            {"remainder": "fp32"},
+            {"quantize rtx": ("remainder",), RTX[2]: ("graph",), "simulate int8-rtx": ("graph",)},
+        ),
+        ({"precisions": ("fp32", "fp16")}, {"latency": ("backends", INT8_GRAPH)}),
+    ],
+    ids=["batch", "workspace", "remainder", "precision"],
+)
+def test_an_option_of_gpus_remakes_what_depends_on_it(
+    prove_gpu: Prove, options: dict[str, Any], expected: Changes
+) -> None:
+    assert made(prove_gpu(**options)) == expected
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_the_remainder_may_stay_fp32(prove_gpu: Prove) -> None:
+    row = gpu_rows(prove_gpu(remainder="fp32"))["int8"]
+    assert row.info is not None
+    assert row.info.actual_precision == {"int8": 1, "fp32": 5}
+    assert row.status == "simulated"
+
+
+def test_only_the_precisions_asked_for_are_built(prove_gpu: Prove) -> None:
+    found = prove_gpu(precisions=("fp16", "int8"))
+    assert [(row.backend, row.precision) for row in found.rows] == [
+        ("onnxruntime", "int8"), ("tensorrt-rtx", "fp16"), ("tensorrt-rtx", "int8")
+    ]  # fmt: skip
+
+
+def test_another_target_is_a_row_of_its_own(prove_gpu: Prove) -> None:
+    found = prove_gpu(precisions=("fp16",), targets=("sm89", "sm86"))
+    assert [row.target for row in found.rows] == ["sm89", "sm86"]
+    assert set(made(found)) == {"build tensorrt-rtx fp16 sm89"}, "one simulation serves both"
+    assert {row.path for row in found.rows} == {
+        f"engines/tensorrt-rtx-fp16-{target}.engine" for target in ("sm86", "sm89")
+    }
+
+
+def test_a_target_that_lacks_a_precision_is_skipped(prove_gpu: Prove) -> None:
+    found = prove_gpu(backends=("tensorrt-rtx",), precisions=("fp32", "int8"), targets=("sm75",))
+    assert [(row.status, row.reason_code) for row in found.rows] == [("skipped", "precision_unsupported")] * 2
+
+
+def test_a_network_in_which_int8_pays_nowhere_is_not_built_in_it(prove_gpu: Prove, gpu_build_dir: Path) -> None:
+    engines = gpu_build_dir / "tiny" / "engines"
+    options: dict[str, Any] = {"backends": ("tensorrt-rtx",), "precisions": ("int8",)}
+    (row,) = prove_gpu("tiny", **options).rows
+    assert (row.status, row.reason_code, row.path) == ("skipped", "nothing_to_gain", None)
+    assert row.reason.endswith("; take fp16")
+    report = gpu_build_dir / "tiny" / REPORT_FILE
+    report.write_text("{}")
+    prove_gpu("tiny", **options)
+    assert report.exists(), "nothing changed that it could recommend"
+    engines.mkdir(exist_ok=True)
+    (engines / "tensorrt-rtx-int8-sm86.engine").write_bytes(b"of an earlier graph")
+    prove_gpu("tiny", **options)
+    assert not report.exists()
+    assert not list(engines.glob("*int8*"))
+
+
+def test_a_backend_that_is_not_installed_is_skipped_with_its_reason(prove: Prove) -> None:
+    absence = BACKENDS["tensorrt"].absence()
+    if absence is None:
+        pytest.skip("TensorRT is installed here")
+    found = prove(backends=("onnxruntime", "tensorrt"))
+    rows = [row for row in found.rows if row.backend == "tensorrt"]
+    assert [row.precision for row in rows] == list(BACKENDS["tensorrt"].precisions)
+    assert {(row.status, row.reason_code, row.reason) for row in rows} == {
+        ("skipped", absence.reason_code, f"{absence.reason}; {absence.hint}")
+    }
+    assert found.verdict == "pass"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backends": ("abacus",)}, r"unknown backend 'abacus'; choose from onnxruntime, .*tensorrt-rtx, tensorrt"),
+        ({"backends": ("onnxruntime", "")}, "unknown backend ''"),
+        ({"precisions": ("int4",)}, "unknown precision 'int4'; choose from fp32, .*int8"),
+        ({"targets": ("sm87",)}, "unknown target 'sm87'; choose from sm75, sm80, sm86, sm89, sm120, sm121"),
+        ({"targets": ("sm86", "SM86")}, "unknown target 'SM86'"),
+    ],
+)
+def test_unknown_choices_are_refused_before_anything_is_made(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BuildError, match=message):
+        Pipeline(Options("tiny", build_dir=tmp_path, **options))
+    assert list(tmp_path.iterdir()) == []

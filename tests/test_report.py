@@ -38,7 +38,7 @@ def measured(p50: float) -> Latency:
 def info(backend: str, precision: str, size: int, kernels: tuple[Kernel, ...] = (), share: int = 1000) -> EngineInfo:
     """An engine whose two convolutions are 1,000 MACs, of which `share` run in `precision`."""
     rest = "fp32" if precision == "bf16" else "fp16"
-    layers = (
+    layers: tuple[LayerPrecision, ...] = (
         LayerPrecision("conv", "Conv", precision, precision, share, "conv_kernel"),
         LayerPrecision("rest", "Conv", rest, rest, 1000 - share, "rest_kernel"),
     )
@@ -289,7 +289,9 @@ def test_a_verdict_without_recommendation(outcome: Outcome, sentence: str) -> No
 def test_every_row_that_is_not_verified_is_explained() -> None:
     lines = remarks(WIDE)
     for each in WIDE.rows:
-        explained = [line for line in lines if line.startswith(f"{each.backend} ") and line.endswith(f": {each.reason}")]
+        explained = [
+            line for line in lines if line.startswith(f"{each.backend} ") and line.endswith(f": {each.reason}")
+        ]
         assert len(explained) == (each.status != "verified"), each
         assert all(each.precision in line.partition(":")[0] for line in explained)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from edgewright.calibration import ranges as module
+from edgewright.calibration.collect import CalibrationTable
 from edgewright.calibration.ranges import (
     HALF_BINS,
     METHODS,
@@ -26,6 +28,8 @@ from edgewright.calibration.ranges import (
     percentile_range,
     silu,
     squared_error,
+    symmetric,
+    symmetric_mse_range,
 )
 from edgewright.runtime.errors import CalibrationError
 
@@ -460,3 +464,113 @@ def test_zeros_of_relu_do_not_drown_the_rest() -> None:
 def test_entropy_keeps_a_tensor_of_few_values() -> None:
     histogram = of([0.0] * 100 + [1.0] * 3)
     assert entropy_range(histogram) == Range(0.0, 1.0)
+
+
+# --- Symmetric ranges, for S8 with zero-point 0 ------------------------------------------------------------------
+
+
+def s8_error(values: Array, magnitude: float) -> float:
+    """Sum of squared errors of S8 in steps of magnitude / 127, by the plain formula."""
+    step = magnitude / 127
+    integers = np.clip(np.rint(values.astype(np.float64) / step), -128, 127)
+    return float(((integers * step - values) ** 2).sum())
+
+
+@pytest.mark.parametrize(
+    ("interval", "magnitude"),
+    [
+        (Range(-1, 127), 127),
+        (Range(-128, 3), 127),
+        (Range(-128, 127), 127),
+        (Range(0, 6), 6),
+        (Range(-6, -2), 6 * 127 / 128),
+        (Range(2, 4), 4),
+        (Range(0, 0), 0),
+    ],
+)
+def test_a_symmetric_range_has_the_levels_of_s8(interval: Range, magnitude: float) -> None:
+    found = symmetric(interval)
+    assert found.high == pytest.approx(magnitude)
+    assert found.low == pytest.approx(-magnitude * 128 / 127)
+    assert found.low <= interval.low + 1e-12
+    assert found.high >= interval.high - 1e-12
+    assert same_range(symmetric(found), found), "it holds itself"
+
+
+def same_range(one: Range, other: Range) -> bool:
+    return math.isclose(one.low, other.low) and math.isclose(one.high, other.high)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(0.01, 100), st.lists(st.floats(-150, 150, width=32), min_size=1, max_size=40))
+def test_u8_over_a_symmetric_range_is_s8(magnitude: float, drawn: list[float]) -> None:
+    """255 steps from −128 to 127: what measures errors in the one measures them in the other."""
+    values = np.asarray(drawn, np.float64)
+    interval = symmetric(Range(0.0, magnitude))
+    found = squared_error(values, np.ones(len(values)), interval)
+    assert found == pytest.approx(s8_error(values, magnitude), rel=1e-6, abs=1e-9 * magnitude**2)
+
+
+SIGNED: dict[str, Callable[[np.random.Generator], Array]] = {
+    "normal": lambda rng: rng.normal(size=20_000),
+    "heavy tails": lambda rng: rng.standard_t(3, size=20_000),
+    "rectified": lambda rng: np.maximum(rng.normal(size=20_000), 0),
+    "shifted": lambda rng: rng.normal(size=20_000) - 2.0,
+    "uniform": lambda rng: rng.uniform(-1, 1, size=20_000),
+    "an outlier": lambda rng: np.append(rng.normal(size=20_000), 40.0),
+    "a negative outlier": lambda rng: np.append(rng.normal(size=20_000), -40.0),
+}
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_symmetric_mse_is_near_the_brute_force_optimum_and_not_worse_than_minmax(name: str) -> None:
+    values = SIGNED[name](seeded(zlib.crc32(name.encode()))).astype(np.float32)
+    found = symmetric_mse_range(of(values))
+    assert same_range(found, symmetric(found)), "it is symmetric"
+    largest = float(np.abs(values).max())
+    best = min(s8_error(values, float(share) * largest) for share in np.linspace(0.02, 1.0, 400))
+    error = s8_error(values, found.high)
+    assert error <= 1.05 * best
+    assert error <= 1.001 * s8_error(values, largest)
+    assert s8_error(values, found.high * 0.7) > 1.05 * best, "a mutant that cuts off too much"
+    mirrored = symmetric_mse_range(of(-values))
+    assert s8_error(-values, mirrored.high) <= 1.05 * best
+
+
+def test_symmetric_mse_cuts_an_outlier_and_keeps_a_uniform_tensor() -> None:
+    for count in (100_000, 1_000_000):
+        values = np.append(seeded(1).normal(size=count), 100.0)
+        # (100 − m)² + n · (m / 127)² / 12 is least at:
+        expected = 100 / (1 + count / (12 * 127**2))
+        assert symmetric_mse_range(of(values)).high == pytest.approx(expected, abs=2.0), "the grid has steps of 2"
+    assert symmetric_mse_range(of(seeded(2).uniform(-1, 1, size=100_000))).high > 0.97
+
+
+@pytest.mark.parametrize("value", [0.0, 2.5, -2.5])
+def test_a_constant_tensor_has_a_symmetric_range(value: float) -> None:
+    found = symmetric_mse_range(of(np.full(100, value)))
+    assert s8_error(np.full(100, value), found.high or 1.0) <= 100 * (abs(value) / 100) ** 2 + 1e-12
+    if not value:
+        assert (found.low, found.high) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_table_gives_symmetric_ranges_by_every_method(method: str) -> None:
+    values = seeded(3).normal(size=10_000) + 0.5
+    table = CalibrationTable({}, 1, {"a": of(values), "b": of(np.maximum(values, 0))})
+    signed, plain = table.ranges(method, signed=True), table.ranges(method)
+    assert set(signed) == {"a", "b"}
+    for name, interval in signed.items():
+        assert interval.low == pytest.approx(-interval.high * 128 / 127)
+        chosen = METHODS[method](table.histograms[name])
+        expected = symmetric_mse_range(table.histograms[name]) if method == "mse" else symmetric(chosen)
+        assert same_range(interval, expected), "and not widened once more"
+        assert interval != plain[name]
+    assert set(table.ranges(method, ["b"], signed=True)) == {"b"}
+    with pytest.raises(CalibrationError, match="c was not measured"):
+        table.ranges(method, ["c"], signed=True)
+
+
+def test_an_unknown_method_is_refused_for_symmetric_ranges_too() -> None:
+    with pytest.raises(CalibrationError, match="unknown range method 'magic'; choose one of minmax"):
+        CalibrationTable({}, 1, {}).ranges("magic", signed=True)

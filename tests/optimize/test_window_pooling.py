@@ -93,7 +93,7 @@ def test_a_window_of_another_size_would_be_seen() -> None:
     pool.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", [6, 3])
     pool.attributes["strides"] = ir.AttrInt64s("strides", [6, 3])
     x = normal("x", 2, 3, 8, 6)
-    assert run(mutant, x).shape != run(model, x).shape
+    assert np.abs(run(mutant, x) - run(model, x)).max() > 0.1
 
 
 def test_one_dimension() -> None:

@@ -216,9 +216,7 @@ def test_build_names_the_five_layers_with_the_most_work(count: int, more: str) -
     largest = [work.index(macs) for macs in range(count, count - 5, -1)]
     named = ", ".join(f"layer {index} (int8 → fp16)" for index in largest)
     share = 100 * 10_000 / (10_000 + sum(work))
-    assert caught.value.message == (
-        f"fake runs {share:.1f} % of the work in int8, planned were 100.0 %: {named}{more}"
-    )
+    assert caught.value.message == (f"fake runs {share:.1f} % of the work in int8, planned were 100.0 %: {named}{more}")
 
 
 def test_build_refuses_what_is_not_supported_without_trying() -> None:
@@ -372,12 +370,16 @@ def mislabelled(graph: bytes, precision: str) -> BuildRequest:
 
 
 def test_a_silently_float_graph_is_not_taken_for_int8(fp32_graph: bytes) -> None:
-    with pytest.raises(BuildError, match=r"onnxruntime runs 0.0 % of the work in int8, planned were 100.0 %: conv \(int"):
+    with pytest.raises(
+        BuildError, match=r"onnxruntime runs 0.0 % of the work in int8, planned were 100.0 %: conv \(int"
+    ):
         ONNXRUNTIME.build(mislabelled(fp32_graph, "int8"))
 
 
 def test_an_integer_graph_is_not_taken_for_fp32(int8_graph: bytes) -> None:
-    with pytest.raises(BuildError, match=r"onnxruntime runs 0.0 % of the work in fp32, planned were 100.0 %: conv \(fp"):
+    with pytest.raises(
+        BuildError, match=r"onnxruntime runs 0.0 % of the work in fp32, planned were 100.0 %: conv \(fp"
+    ):
         ONNXRUNTIME.build(mislabelled(int8_graph, "fp32"))
 
 

@@ -23,9 +23,10 @@ import edgewright.runtime
 from edgewright.runtime import EngineInfo, Preprocess, Session
 from edgewright.runtime import session as module
 from edgewright.runtime.backends import Runner
+from edgewright.runtime.engine_files import ENGINES_FOLDER
 from edgewright.runtime.errors import DataError, EngineError
 from edgewright.runtime.files import sha256_of, write_json
-from edgewright.runtime.session import ENGINES_FOLDER, REPORT_FILE, Prediction
+from edgewright.runtime.session import REPORT_FILE, Prediction
 from edgewright.runtime.specs import LayerPrecision, TensorSpec
 
 Array = NDArray[Any]
