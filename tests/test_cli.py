@@ -260,6 +260,26 @@ def test_the_document_with_engines_for_a_gpu(linear: Tiny) -> None:
         assert engine["parity"] is None or engine["parity"]["source"] in ("engine", "simulation")
 
 
+def test_stages_say_what_they_gave(linear: Tiny) -> None:
+    lines = {line.split("  ")[1]: " ".join(line.split()) for line in linear("engine").err.splitlines()}
+    for stage, note in (
+        ("quantize cpu", "4 of 6 layers to INT8"),
+        ("quantize rtx", "1 of 6 layers to INT8"),
+        ("cast fp16", "2 casts"),
+        ("build tensorrt-rtx fp16 sm86", "6 × fp16"),
+        ("build tensorrt-rtx int8 sm86", "5 × fp16, 1 × int8 (31 % of the work)"),
+    ):
+        assert lines[stage] == f"{stage} reused {note}"
+
+
+def test_only_one_precision(tiny: Tiny) -> None:
+    document = tiny("engine", "--json", "--precision", "fp32").document
+    assert [engine["precision"]["requested"] for engine in document["engines"]] == ["fp32"]
+    assert document["recommended"]["precision"] == "fp32"
+    both = tiny("build", "--json", "--precision", "int8", "--precision", "fp32").document
+    assert [engine["precision"] for engine in both["engines"]] == ["fp32", "int8"], "the order is that of the backend"
+
+
 @pytest.mark.parametrize("columns", ["80", "50"])
 def test_the_table_with_engines_for_a_gpu(linear: Tiny, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)

@@ -465,6 +465,50 @@ def test_a_failed_row_is_tried_again(prove_with_fake: Callable[[str], Outcome]) 
     assert row_of(prove_with_fake(""), "fake", "int8").status in ("verified", "undecided")
 
 
+def test_a_build_gets_the_options_and_what_an_earlier_one_measured(
+    prove: Prove, build_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests: list[BuildRequest] = []
+
+    class Measuring(Fake):
+        dialect = "tensorrt"
+        precisions = ("fp32",)
+
+        def compile(self, request: BuildRequest) -> Compiled:
+            requests.append(request)
+            return replace(super().compile(request), timing_cache=f"measured {len(requests)}".encode())
+
+    monkeypatch.setitem(BACKENDS, "fake", Measuring())
+    options: dict[str, Any] = {"backends": ("fake",), "workspace": 1 << 20, "dla": 1}
+    for sizes in ((1, 2, 4), (1, 2, 8)):
+        found = prove(**options, profile=BatchProfile(*sizes))
+        assert made(found)["build fake fp32"] == (FIRST_TIME if sizes[2] == 4 else ("build options",))
+    first, second = requests
+    assert (first.profile, first.workspace, first.dla, first.target) == (BatchProfile(1, 2, 4), 1 << 20, 1, None)
+    assert [layer.precision for layer in first.planned] == ["fp32"] * 6
+    assert (first.timing_cache, second.timing_cache) == (b"", b"measured 1")
+    assert (build_dir / "tiny" / "engines" / "fake.timing").read_bytes() == b"measured 2"
+
+
+def test_an_engine_that_departs_from_its_plan_is_no_engine(
+    prove: Prove, build_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Silent(Fake):
+        """Says of what it built that it is FP32."""
+
+        def compile(self, request: BuildRequest) -> Compiled:
+            built = super().compile(request)
+            return replace(built, kernels=tuple(replace(kernel, precision="fp32") for kernel in built.kernels))
+
+    monkeypatch.setitem(BACKENDS, "fake", Silent())
+    row = row_of(prove(backends=("onnxruntime", "fake")), "fake", "int8")
+    assert (row.status, row.reason_code, row.info) == ("failed", "build_failed", None)
+    assert row.reason.startswith(
+        "fake runs 0.0 % of the work in int8, planned were 99.8 %: features.0/Conv (int8 → fp32)"
+    )
+    assert not list((build_dir / "tiny" / "engines").glob("fake*"))
+
+
 def test_stages_that_backends_share_are_listed_once(prove_with_fake: Callable[[str], Outcome]) -> None:
     names = [run.name for run in prove_with_fake("").stages]
     assert names.count("quantize cpu") == 1

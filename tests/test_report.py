@@ -408,3 +408,12 @@ def test_the_table_of_an_audit_fits_80_columns(capsys: pytest.CaptureFixture[str
     assert "30.5 %" in first
     assert [word for word in first.split() if word == "kB"] == ["kB", "kB"]
     assert lines[-1] == audit_line(AUDITED)
+
+
+@pytest.mark.usefixtures("_eighty_columns")
+def test_layers_that_share_a_kernel_are_added_up(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = tuple(replace(layer, kernel="conv_kernel") for layer in AUDITED.layers)
+    print_audit(audit_table(replace(AUDITED, layers=shared)), "")
+    (first,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("conv"))
+    assert "int8/fp16 int8" in first, "planned for both, run in one"
+    assert "100.0 %" in first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from edgewright import workspace as module
 from edgewright.runtime.errors import BuildError, WorkspaceError
 from edgewright.runtime.files import write_json
-from edgewright.workspace import FIRST_TIME, Observer, StageRun, Workspace, library_versions, source_hash
+from edgewright.workspace import FIRST_TIME, Observer, StageRun, Workspace, library_versions, machine, source_hash
 
 PARTS = {"weights": "1", "opset": "19"}
 KEY_FILE = "export.key.json"
@@ -328,3 +329,21 @@ def test_source_hash_refuses_what_does_not_exist() -> None:
 
 def test_library_versions_leave_out_what_is_not_installed() -> None:
     assert library_versions("numpy", "no-such-thing") == f"numpy {np.__version__}"
+
+
+def test_the_machine_is_its_processor_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(
+        Path, "read_text", lambda path: "processor : 0\nmodel name\t: Cortex-A78AE: v2\nmodel name : other"
+    )
+    assert machine() == "Cortex-A78AE: v2, 6 cores"
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(Path, "read_text", lambda path: "processor : 0\nFeatures : asimd")
+    assert machine() == "aarch64, 6 cores"
+
+    def missing(path: Path) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    assert machine() == "aarch64, 6 cores"

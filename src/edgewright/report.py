@@ -140,17 +140,16 @@ def audit_table(info: EngineInfo) -> Table:
         table.add_column(heading, no_wrap=True)
     for heading in ("work", "reads", "writes"):
         table.add_column(heading, justify="right", no_wrap=True)
-    layers = {layer.kernel: layer for layer in info.layers}
     total = sum(layer.macs for layer in info.layers) or 1
     for kernel in info.kernels:
-        layer = layers.get(kernel.name)
+        layers = [layer for layer in info.layers if layer.kernel == kernel.name]
         fused = [name for name in kernel.sources if "::" not in name]  # Q, DQ and Cast are seen in the precisions
         table.add_row(
             "\n".join(fused or kernel.sources or [kernel.name]),
             kernel.kind,
-            "" if layer is None else layer.requested,
+            "/".join(dict.fromkeys(layer.requested for layer in layers)),
             kernel.precision,
-            "" if layer is None else f"{100 * layer.macs / total:.1f} %",
+            f"{100 * sum(layer.macs for layer in layers) / total:.1f} %" if layers else "",
             _kilobytes(kernel.bytes_read),
             _kilobytes(kernel.bytes_written),
         )
@@ -240,16 +239,19 @@ def _targets_of(rows: Sequence[EngineRow]) -> str:
 
 
 def _slower(rows: Sequence[EngineRow]) -> list[str]:
-    """Where INT8 is slower than FP32, or moves more bytes in more kernels than FP16."""
+    """Where a narrower type is slower than a wider one, or INT8 moves more bytes in more kernels than FP16."""
     lines = []
     by_name = {(row.backend, row.target, row.precision): row for row in rows}
     for row in rows:
-        plain = by_name.get((row.backend, row.target, "fp32"))
-        if row.latency and plain and plain.latency and row.latency.p50 > SLOWER * plain.latency.p50:
-            lines.append(
-                f"{row.backend} {row.precision} is slower than fp32 here: "
-                f"{row.latency.p50:.2f} against {plain.latency.p50:.2f} ms at batch 1"
-            )
+        for wider in ("fp16", "fp32"):
+            plain = by_name.get((row.backend, row.target, wider))
+            if row.precision == wider or plain is None or row.latency is None or plain.latency is None:
+                continue
+            if row.precision != "fp32" and row.latency.p50 > SLOWER * plain.latency.p50:
+                lines.append(
+                    f"{row.backend} {row.precision} is slower than {wider} here: "
+                    f"{row.latency.p50:.2f} against {plain.latency.p50:.2f} ms at batch 1"
+                )
         half = by_name.get((row.backend, row.target, "fp16"))
         ours, theirs = row.traffic, half.traffic if half is not None else None
         if row.precision == "int8" and ours and theirs and not ours.at_most(theirs):

@@ -23,6 +23,7 @@ import edgewright.runtime
 from edgewright.runtime import EngineInfo, Preprocess, Session
 from edgewright.runtime import session as module
 from edgewright.runtime.backends import Runner
+from edgewright.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from edgewright.runtime.engine_files import ENGINES_FOLDER
 from edgewright.runtime.errors import DataError, EngineError
 from edgewright.runtime.files import sha256_of, write_json
@@ -181,9 +182,7 @@ def test_a_file_of_another_precision_or_backend_is_refused(build: Path) -> None:
 def test_one_changed_byte_is_refused_before_anything_is_loaded(
     build: Path, monkeypatch: pytest.MonkeyPatch, place: int
 ) -> None:
-    class FakeBackend:
-        suffix = ".onnx"
-
+    class FakeBackend(OnnxRuntimeBackend):
         def open(self, *arguments: Any, **keywords: Any) -> Any:
             raise AssertionError("a changed engine was loaded")
 
@@ -194,6 +193,29 @@ def test_one_changed_byte_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(module, "backend_named", lambda name: FakeBackend())
     refused(build, r"int8\.onnx is not the engine that was built \(its SHA-256 differs\); build it again")
     refused(path, "SHA-256 differs")
+
+
+@pytest.mark.parametrize(
+    ("bound", "built_with", "refusal"),
+    [
+        (True, "1.0", "the engine was built with onnxruntime 1.0, here is 2.0; build it again here"),
+        (True, None, "the engine was built with onnxruntime None, here is 2.0"),
+        (True, "2.0", ""),
+        (False, "1.0", ""),
+    ],
+)
+def test_an_engine_of_another_version_is_refused_where_that_matters(
+    build: Path, monkeypatch: pytest.MonkeyPatch, bound: bool, built_with: str | None, refusal: str
+) -> None:
+    description = build / ENGINES_FOLDER / "onnxruntime-int8.json"
+    content = json.loads(description.read_text())
+    write_json(description, content | {"versions": {} if built_with is None else {"onnxruntime": built_with}})
+    monkeypatch.setattr(OnnxRuntimeBackend, "version_bound", bound)
+    monkeypatch.setattr(OnnxRuntimeBackend, "version", lambda self: "2.0")
+    if refusal:
+        refused(build, refusal)
+    else:
+        Session.open(build).close()
 
 
 def test_the_engine_file_is_read_once_so_that_what_is_checked_is_what_is_loaded(
