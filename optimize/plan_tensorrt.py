@@ -174,7 +174,7 @@ def _costs_a_kernel(node: ir.Node, products: set[ir.Value]) -> str:
     assert source is not None
     if source.producer() is not None and source not in products:
         return "its input comes from a kernel that gives FP16 only: quantizing it is a kernel more"
-    if len(source.uses()) > 1:
+    if len(source.uses()) > 1 or source.is_graph_output():
         return "others read its input too, which would be written twice"
     ending = next((reader.op_type for reader in node.outputs[0].consumers() if reader.op_type in NOT_ABSORBED), None)
     return "" if ending is None else f"{ending} behind it is a kernel more in INT8, while FP16 absorbs it"

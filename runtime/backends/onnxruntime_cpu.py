@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import platform
+import re
 import tempfile
 from collections.abc import Mapping
 from importlib import metadata
@@ -28,6 +29,7 @@ __all__ = ["OnnxRuntimeBackend"]
 PROVIDERS = ["CPUExecutionProvider"]
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")  # both install the import name onnxruntime
 COMPUTE_WORDS = ("Conv", "Gemm", "MatMul")  # also in QLinearConv, FusedConv, QGemm, MatMulIntegerToFloat
+TOKEN = re.compile(r"_token_\d+$")  # a number at random, where onnxruntime makes a name unique
 KERNEL_SUFFIX = "_kernel_time"
 ERRORS_ONLY = 3  # onnxruntime's log severity: 0 verbose … 4 fatal
 PRECISION_OF_TYPE = {
@@ -160,22 +162,24 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
 
 
 def _kernels(events: list[dict[str, Any]], planned: tuple[PlannedLayer, ...]) -> tuple[Kernel, ...]:
-    kernels: dict[str, Kernel] = {}
+    kernels: list[Kernel] = []
     for event in events:
         if not event.get("name", "").endswith(KERNEL_SUFFIX):
             continue
-        name, details = event["name"].removesuffix(KERNEL_SUFFIX), event.get("args", {})
+        name, details = TOKEN.sub("", event["name"].removesuffix(KERNEL_SUFFIX)), event.get("args", {})
         operator = details.get("op_name", "")
         types = details.get("input_type_shape") or [{}]
         kind = next(iter(types[0]), "unknown")
         computes = any(word in operator for word in COMPUTE_WORDS)
-        kernels[name] = Kernel(
-            name=name,
-            kind=operator,
-            sources=layer_run_by(name, planned) if computes else (),
-            precision=PRECISION_OF_TYPE.get(kind, kind),
-            bytes_read=int(details.get("activation_size", 0)) + int(details.get("parameter_size", 0)),
-            bytes_written=int(details.get("output_size", 0)),
-            computes=computes,
+        kernels.append(
+            Kernel(
+                name=name,
+                kind=operator,
+                sources=layer_run_by(name, planned) if computes else (),
+                precision=PRECISION_OF_TYPE.get(kind, kind),
+                bytes_read=int(details.get("activation_size", 0)) + int(details.get("parameter_size", 0)),
+                bytes_written=int(details.get("output_size", 0)),
+                computes=computes,
+            )
         )
-    return tuple(kernels.values())
+    return tuple(kernels)

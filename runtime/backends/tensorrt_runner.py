@@ -62,7 +62,8 @@ class TensorRtRunner(Runner):
         super().__init__(_specs(trt, self._engine, inputs=True), _specs(trt, self._engine, inputs=False))
         self._context = _context(trt, self._engine)
         shapes = {spec.name: _shapes(self._engine, spec) for spec in self.inputs}
-        self._batches = {name: (smallest[0], largest[0]) for name, (smallest, largest) in shapes.items()}
+        self._smallest_batch = max(smallest[0] for smallest, _ in shapes.values())
+        self._largest_batch = min(largest[0] for _, largest in shapes.values())
         with ExitStack() as stack:
             self._stream = Stream(cuda)
             stack.callback(self._stream.close)
@@ -73,16 +74,25 @@ class TensorRtRunner(Runner):
             self._memory = stack.pop_all()
 
     def infer_impl(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """One run: to the device, through the engine, back.
+        """As many runs as the profile's largest batch needs; a batch below its smallest is filled up with zeros.
 
-        Raises `EngineError` if the batch is not in the profile, `DeviceError` if the GPU fails.
+        Raises `DeviceError` if the GPU fails.
         """
+        images = len(next(iter(feeds.values())))
+        starts = range(0, images, self._largest_batch)
+        parts = [
+            self._run({name: array[start : start + self._largest_batch] for name, array in feeds.items()})
+            for start in starts
+        ]
+        return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in self.outputs}
+
+    def _run(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+        """One run: to the device, through the engine, back."""
+        images = len(next(iter(feeds.values())))
         for name, array in feeds.items():
-            least, most = self._batches[name]
-            if not least <= len(array) <= most:
-                raise EngineError(f"the engine takes batches of {least} to {most}, given were {len(array)}")
-            _set_shape(self._context, name, array.shape)
-            self._buffers[name].upload(array, self._stream)
+            filled = _filled(array, self._smallest_batch)
+            _set_shape(self._context, name, filled.shape)
+            self._buffers[name].upload(filled, self._stream)
         for name, buffer in self._buffers.items():
             if not self._context.set_tensor_address(name, buffer.address):
                 raise EngineError(f"the engine refused the memory of {name!r}")
@@ -94,7 +104,7 @@ class TensorRtRunner(Runner):
             for spec in self.outputs
         }
         self._stream.synchronize()
-        return {name: array.astype(np.float32) for name, array in results.items()}
+        return {name: array[:images].astype(np.float32) for name, array in results.items()}
 
     def close_impl(self) -> None:
         """Device memory, then TensorRT's objects, each before what it uses."""
@@ -111,6 +121,12 @@ class TensorRtRunner(Runner):
             spec.name: (tuple(self._context.get_tensor_shape(spec.name)), spec.dtype)
             for spec in (*self.inputs, *self.outputs)
         }
+
+
+def _filled(batch: NDArray[np.float32], smallest: int) -> NDArray[np.float32]:
+    """The batch, with images of zeros behind it if it is below the smallest that the engine takes."""
+    missing = smallest - len(batch)
+    return batch if missing <= 0 else np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)])
 
 
 def _context(trt: ModuleType, engine: Any) -> Any:

@@ -24,7 +24,9 @@ __all__ = ["Engines"]
 
 CODE = "engines.py"
 NOTHING_TO_GAIN = Absence(
-    "nothing_to_gain", "INT8 would cost this network kernels and bytes wherever it could be used here", "take fp16"
+    "nothing_to_gain",
+    "no layer of this network can be INT8 there, or gains by it",
+    "the plan says why for each of them",
 )
 
 

@@ -24,6 +24,7 @@ from edgewright.calibration.stream import batches
 from edgewright.context import GRAPH_LIBRARIES, RunContext
 from edgewright.engines import Engines
 from edgewright.graphs import Graphs
+from edgewright.memory import keep_freed_memory
 from edgewright.outcome import EngineRow
 from edgewright.runtime.backends import BACKENDS, Runner, backend_named
 from edgewright.runtime.errors import EngineError
@@ -69,6 +70,7 @@ class Proof:
         def infer(batch: NDArray[np.float32]) -> Logits:
             import torch
 
+            keep_freed_memory()
             with torch.inference_mode():
                 pixels = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
                 logits: Logits = self._graphs.reference_module(pixels).numpy()

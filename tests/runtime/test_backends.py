@@ -432,7 +432,8 @@ def test_profile_of_an_unknown_type_is_reported_as_it_is() -> None:
 
     events = [
         event("a_kernel_time", "Conv", [{"float": [1]}, {"int8": [1]}]),
-        event("a_kernel_time", "Conv", [{"float": [1]}]),  # a second run of the same kernel
+        event("t_token_18_kernel_time", "Transpose", [{"float": [1]}]),  # onnxruntime draws the number
+        event("t_token_7_kernel_time", "Transpose", [{"float": [1]}]),  # another kernel
         event("b_kernel_time", "FusedMatMul", [{"float8": [1]}]),
         event("c_kernel_time", "QGemm", []),
         event("d_fence_before", "Conv", [{"float": [1]}]),
@@ -443,6 +444,8 @@ def test_profile_of_an_unknown_type_is_reported_as_it_is() -> None:
     kernels = module._kernels(json.loads(json.dumps(events)), planned)
     assert [(kernel.name, kernel.precision, kernel.sources) for kernel in kernels] == [
         ("a", "fp32", ("a",)),
+        ("t", "fp32", ()),
+        ("t", "fp32", ()),
         ("b", "float8", ("b",)),
         ("c", "unknown", ("c",)),
         ("e", "fp32", ()),  # it computes no product

@@ -429,14 +429,17 @@ def test_a_run_copies_computes_and_copies_back(monkeypatch: pytest.MonkeyPatch) 
     assert cudart.held == 0
 
 
-@pytest.mark.parametrize("count", [1, 9])
-def test_a_batch_out_of_the_profile_is_refused(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    using(monkeypatch, FakeTensorRt(), FakeCudart())
-    with (
-        TENSORRT.open(PLAN) as runner,
-        pytest.raises(EngineError, match=f"the engine takes batches of 2 to 8, given were {count}"),
-    ):
-        runner.infer({"x": rows(count)})
+@pytest.mark.parametrize(
+    ("count", "runs"),
+    [(1, (2,)), (8, (8,)), (9, (8, 2)), (19, (8, 8, 3))],  # the fake's profile takes 2 to 8
+)
+def test_any_batch_is_split_and_filled_up(count: int, runs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    cudart = FakeCudart()
+    using(monkeypatch, FakeTensorRt(), cudart)
+    with TENSORRT.open(PLAN) as runner:
+        result = runner.infer({"x": rows(count)})["y"]
+    assert [size for way, size in cudart.copies if way == "up"] == [size * 8 for size in runs]
+    np.testing.assert_array_equal(result, 2 * rows(count))
 
 
 @pytest.mark.parametrize(
