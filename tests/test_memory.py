@@ -38,5 +38,5 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     from edgewright import memory
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1.2"))
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: pytest.fail("loaded a library"))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("loaded a library"))
     assert memory.keep_freed_memory.__wrapped__() is False

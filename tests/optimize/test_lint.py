@@ -14,7 +14,8 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from edgewright.optimize.lint import PARSERS, RULES, Finding, check, lint
+from edgewright.optimize.lint import Finding, check, lint
+from edgewright.optimize.lint_rules import PARSERS, RULES
 from edgewright.runtime.errors import QuantizationError
 
 Array = NDArray[Any]
