@@ -27,7 +27,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
-from edgewright.optimize.lint_rules import PARSERS, ParserRules
+from edgewright.optimize.lint_rules import PARSERS, RULES, ParserRules
 from edgewright.optimize.plan import COMPUTE_OPERATORS
 from edgewright.runtime.errors import QuantizationError
 
