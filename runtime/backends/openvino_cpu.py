@@ -11,6 +11,7 @@ batches go to a second copy with dynamic shapes, made when the first of them com
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import sys
@@ -186,8 +187,13 @@ def _openvino() -> Any:
             modules[TELEMETRY] = hidden
 
 
+@functools.cache
 def _core() -> Any:
-    """Takes a few milliseconds; what is slow, the plug-in, is loaded once per process."""
+    """The one of this process, kept for good.
+
+    A Core gives the thread a signal stack and takes away its memory when it is freed. With several of them the thread
+    is left with a stack that is gone, and the next signal, Ctrl-C for one, is a segmentation fault (OpenVINO 2026.4).
+    """
     return _openvino().Core()
 
 

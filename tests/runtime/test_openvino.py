@@ -528,3 +528,29 @@ def test_nothing_is_printed_sent_or_left_behind(fp32_built: Built, tmp_path: Pat
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert list(home.iterdir()) == []
+
+
+INTERRUPTED = """
+import gc, signal, sys
+from pathlib import Path
+import numpy as np
+from edgewright.runtime.backends.openvino_cpu import OpenVinoBackend
+backend, engine = OpenVinoBackend(), Path(sys.argv[1]).read_bytes()
+for _ in range(3):
+    assert backend.unsupported("fp32", None) is None
+    with backend.open(engine) as runner:
+        runner.infer({"x": np.zeros((1, 3, 8, 8), np.float32)})
+    gc.collect()
+try:
+    signal.raise_signal(signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_ctrl_c_after_an_engine_was_closed(fp32_built: Built, tmp_path: Path) -> None:
+    (tmp_path / "engine").write_bytes(fp32_built.compiled.engine)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "engine")], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")
