@@ -89,9 +89,15 @@ def _integer_reads(nodes: Mapping[str, ir.Node], plan: QuantPlan) -> dict[ir.Val
     reads: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
     for name, readers in plan.readers.items():
         for reader in readers:
-            for index, value in enumerate(nodes[reader].inputs):
-                if value is not None and _measured_name(value) == name:
-                    reads.setdefault(value, []).append((nodes[reader], index))
+            found = [
+                (value, index)
+                for index, value in enumerate(nodes[reader].inputs)
+                if value is not None and _measured_name(value) == name
+            ]
+            if not found:
+                raise QuantizationError(f"{reader} does not read {name}, which was planned to be INT8")
+            for value, index in found:
+                reads.setdefault(value, []).append((nodes[reader], index))
     return reads
 
 

@@ -65,10 +65,20 @@ def _sides(value: ir.Value | None) -> tuple[int, ...]:
 
 
 def _aliases(node: ir.Node) -> Iterator[str]:
-    """The output tensor's name, and those of the activation that alone reads it, and of its output."""
+    """The output tensor's name, and those of what may be fused behind it, nodes and outputs.
+
+    That is a chain of activations and of additions and products with constants, each the only reader of the one before.
+    """
     output = node.outputs[0]
     yield str(output.name)
-    readers = output.consumers()
-    if len(readers) == 1 and readers[0].op_type in FUSED_ACTIVATIONS:
+    while len(readers := output.consumers()) == 1 and _is_fused(readers[0]):
+        output = readers[0].outputs[0]
         yield str(readers[0].name)
-        yield str(readers[0].outputs[0].name)
+        yield str(output.name)
+
+
+def _is_fused(node: ir.Node) -> bool:
+    with_constant = node.op_type in ("Add", "Sub", "Mul", "Div") and any(
+        value is not None and value.const_value is not None for value in node.inputs
+    )
+    return with_constant or node.op_type in FUSED_ACTIVATIONS

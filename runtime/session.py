@@ -152,10 +152,15 @@ def _pick(folder: Path, backend: str | None, precision: str | None) -> tuple[Pat
     wanted = " ".join(word for word in (backend, precision) if word) or "recommended"
     if not fitting:
         raise EngineError(f"{folder} has no {wanted} engine", "run edgewright engine MODEL to build it")
+    if len(fitting) > 1:  # of GPU engines the one for the GPU that is here
+        here = [(path, info) for path, info in fitting if info.target in (None, backend_named(info.backend).device())]
+        fitting = here if len(here) == 1 else fitting
     if len(fitting) > 1:
-        found = ", ".join(f"{info.backend} {info.precision}" for _, info in fitting)
+        words = ([info.backend, info.precision, info.target or ""] for _, info in fitting)
+        found = ", ".join(" ".join(word for word in each if word) for each in words)
         raise EngineError(
-            f"{folder} has several engines ({found}) and none is {wanted}", "name one, such as --precision fp32"
+            f"{folder} has several engines ({found}), and it is not clear which is meant by {wanted}",
+            "name one, such as --precision fp32, or its file",
         )
     ((path, info),) = fitting
     return path, f"{info.backend} {info.precision} is the only engine that was asked for"

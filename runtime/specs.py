@@ -175,6 +175,12 @@ class EngineInfo:
             counts[layer.actual] = counts.get(layer.actual, 0) + 1
         return counts
 
+    @property
+    def listed_batch(self) -> int:
+        """The batch that the bytes of the kernels are for: 1, but for an engine that takes one batch size alone."""
+        fixed = self.profile is not None and self.profile.minimum == self.profile.maximum
+        return self.profile.minimum if fixed and self.profile is not None else 1
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `from_json`."""
         return {"schema": "edgewright.engine-info/2", **asdict(self)}

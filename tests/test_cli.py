@@ -291,13 +291,19 @@ def test_the_table_with_engines_for_a_gpu(linear: Tiny, monkeypatch: pytest.Monk
     assert sum(line.startswith("tensorrt-rtx sm86") for line in table) == 3
 
 
+def test_quantize_writes_only_what_the_backends_read(tiny: Tiny) -> None:
+    document = tiny("quantize", "--json").document  # --backend onnxruntime
+    assert [graph["graph"] for graph in document["graphs"]] == ["fp16", "int8-cpu"]
+
+
 def test_quantize_writes_the_fp16_graph_and_one_for_each_dialect(tiny: Tiny) -> None:
-    document = tiny("quantize", "--json").document
+    backends = [word for name in ("tensorrt-rtx", "tensorrt") for word in ("--backend", name)]
+    document = tiny("quantize", "--json", *backends).document
     graphs = {Path(graph["path"]).name: graph for graph in document["graphs"]}
     assert {"fp16.onnx", "int8-cpu.onnx", "int8-rtx.onnx", "int8-tensorrt.onnx"} <= graphs.keys()
     assert (graphs["int8-cpu.onnx"]["int8_layers"], graphs["int8-cpu.onnx"]["layers"]) == (4, 6)
     assert graphs["int8-rtx.onnx"]["int8_layers"] == 0
-    lines = [" ".join(line.split()) for line in tiny("quantize").out.splitlines()]
+    lines = [" ".join(line.split()) for line in tiny("quantize", *backends).out.splitlines()]
     assert lines[0] == f"graphs: {len(graphs)}"
     assert f"int8-cpu {graphs['int8-cpu.onnx']['path']} 4 6" in lines
 
@@ -311,6 +317,8 @@ def test_quantize_writes_the_fp16_graph_and_one_for_each_dialect(tiny: Tiny) -> 
         (("--target", "sm86,sm1"), "unknown target 'sm1'; "),
         (("--batch", "8,4,32"), "the batch sizes 8, 4, 32 are not in order; give 1 ≤ minimum ≤ optimum ≤ maximum"),
         (("--batch", "0"), "the batch sizes 0, 0, 0 are not in order; "),
+        (("--precision", "fp16"), "no backend builds that: "),  # onnxruntime has no FP16
+        (("--target", ",", "--precision", "fp16"), "no backend builds that: "),
     ],
 )
 def test_wrong_choices_of_engines(tiny: Tiny, arguments: tuple[str, ...], words: str) -> None:

@@ -58,7 +58,9 @@ def ran(precision: str, status: str, p50: float | None) -> EngineRow:
         ([ran("fp32", "undecided", 1.0), ran("int8", "over_budget", 1.0)], "inconclusive", None),
         ([ran("fp32", "over_budget", 1.0)], "fail", None),
         ([ran("fp32", "verified", 5.0), row("int8")], "pass", "fp32"),
-        ([row("fp16"), row("int8")], "fail", None),  # nothing ran here
+        ([row("fp16"), row("int8")], "inconclusive", None),  # nothing ran here
+        ([row("fp16", code="fail"), row("int8", code="fail")], "fail", None),  # nor would it pass
+        ([row("fp16"), ran("int8", "over_budget", 1.0)], "fail", None),
     ],
 )
 def test_only_what_ran_here_decides(rows: list[EngineRow], verdict: str, recommended: str | None) -> None:
@@ -114,7 +116,9 @@ def test_int8_is_taken_where_it_saves_bytes_and_costs_no_kernel(kernels: int, mo
 def test_only_what_passes_is_taken(code: str) -> None:
     cheap = row("int8", 10, 1, code)
     assert choice(row("fp16"), cheap) == ("fp16", "the only one that passes")
-    assert choice(row("fp16", code=code), row("int8", 99, 9999)) == ("int8", "the only one that passes")
+    assert choice(row("fp16", code=code), row("int8", 99, 9999)) is None, "it moves more than FP16 would"
+    assert choice(row("fp16", 10, 1_000_000, code), row("int8", 10, 500_000)) is not None
+    assert choice(row("int8", 1, 1)) is None, "nothing to compare with"
     assert choice(row("fp16", code=code), cheap) is None
 
 

@@ -150,9 +150,13 @@ class Backend(ABC):
         """None if it can build `precision` for `target`, else why not; asked only where the backend is not absent."""
         return None
 
-    def cannot_run(self) -> Absence | None:
-        """None if engines that are built here can be run here, else why not."""
+    def cannot_run(self, target: str | None = None) -> Absence | None:
+        """None if an engine that was built for `target` can be run here, else why not."""
         return self.absence()
+
+    def device(self) -> str:
+        """What engines run on here, if that is not the processor: the GPU's architecture ("sm86"); "" if none is."""
+        return ""
 
     @abstractmethod
     def version(self) -> str:

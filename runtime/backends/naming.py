@@ -8,6 +8,7 @@ from ..specs import PlannedLayer
 
 __all__ = ["layer_run_by"]
 
+FUSED = "fused "  # onnxruntime's "fused 1/Gemm" is a Gemm with its activation
 ENDINGS = ("_", "/", "::")
 """What sets a library's own ending apart from the name of the node or tensor before it."""
 
@@ -21,6 +22,7 @@ def layer_run_by(
     of `endings`: onnxruntime's "features.0.2/Clip_nchwc" is a convolution with its Clip, OpenVINO's
     "fc/Gemm/WithoutBiases" a Gemm. Of several names that fit, the longest counts.
     """
+    kernel = kernel.removeprefix(FUSED)
     fitting = [
         (len(name), layer.name)
         for layer in planned

@@ -41,6 +41,7 @@ CAPABILITIES = {"bf16": "BF16", "int8": "INT8"}
 STAMP_KEY = "edgewright.precision"
 METADATA_PROPS = 14  # field of ModelProto in onnx.proto; its entries are StringStringEntryProto: 1 = key, 2 = value
 LENGTH_DELIMITED = 2  # wire type of protobuf
+INSTALL = "pip install 'edgewright[openvino]'"
 BUILD_AGAIN = "build it again"
 COMPUTE_KINDS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 NOT_LAUNCHED = ("Input", "Output", "Const")
@@ -60,10 +61,14 @@ class OpenVinoBackend(Backend):
     suffix = ".onnx"
 
     def absence(self) -> Absence | None:
-        """The package is installed, or it is not."""
-        if importlib.util.find_spec("openvino") is not None:
-            return None
-        return Absence("package_missing", "the package openvino is not installed", "pip install 'edgewright[openvino]'")
+        """The package is installed and loads, or not."""
+        if importlib.util.find_spec("openvino") is None:
+            return Absence("package_missing", "the package openvino is not installed", INSTALL)
+        try:
+            _openvino()
+        except (ImportError, OSError, EngineError) as error:
+            return Absence("package_missing", f"the package openvino does not load: {error}", INSTALL)
+        return None
 
     def unsupported(self, precision: str, target: str | None) -> Absence | None:
         """A precision that the processor has no instructions for would be emulated, or silently be another one."""

@@ -59,6 +59,15 @@ class TensorRtBackend(Backend):
             return None
         return Absence("target_unsupported", f"TensorRT does not build for {target} here", "name no target")
 
+    def device(self) -> str:
+        """The architecture of the GPU here."""
+        from ..cuda import device_here
+
+        try:
+            return device_here().architecture
+        except DeviceError:
+            return ""
+
     def version(self) -> str:
         """Of the installed package; JetPack's may come without a record of it, then the package is asked."""
         try:
@@ -81,7 +90,7 @@ class TensorRtBackend(Backend):
             plan.inputs,
             plan.outputs,
             kernels_of_inspector(listing),
-            versions={self.name: str(package.__version__)},
+            versions={self.name: self.version()},
             profile=plan.profile,
             timing_cache=plan.timing_cache,
         )

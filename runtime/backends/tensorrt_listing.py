@@ -21,7 +21,7 @@ __all__ = ["kernels_of_inspector", "kernels_of_log"]
 HEADING = "Layers:\n"
 LAYER = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
-    r"Outputs: \[(?P<outputs>.*?)\], TacticName: .*?, StreamId: \d+, Metadata: (?P<metadata>.*)"
+    r"Outputs: \[(?P<outputs>.*?)\], TacticName: .*?, StreamId: \d+, (?:EventId: \d+, )?Metadata: (?P<metadata>.*)"
 )
 TENSOR = re.compile(
     r"\{ Name: (?P<name>.*?), Dimensions: \[(?P<dimensions>[-\d,]*)\], .*?Datatype: (?P<type>\w+), Format: [^}]*\}"
@@ -29,7 +29,7 @@ TENSOR = re.compile(
 TENSOR_START = "{ Name: "
 SOURCE = "[ONNX Layer: "
 SOURCE_END = re.compile(r"[\x1e\x1f]|(?<=\])(?=\[ONNX Layer: )")  # the log has \x1f, the inspector \x1e
-HOST_ONLY = ("shape_call", "ShapeHostToDeviceCopy")  # compute shapes: no kernels
+HOST_ONLY = ("shape_call", "ShapeHostToDeviceCopy", "signal", "wait")  # shapes and synchronization: no kernels
 COMPUTE_WORDS = ("correlation", "conv", "gemm", "matrixmultiply", "matmul", "fusion")  # also in CaskGemmConvolution
 
 TYPES: dict[str, tuple[str, int]] = {  # the precision it stands for, and bits

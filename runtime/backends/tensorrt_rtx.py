@@ -58,8 +58,8 @@ class TensorRtRtxBackend(Backend):
             return Absence("precision_unsupported", IMPOSSIBLE[precision, target], "take fp16 for this target")
         return None
 
-    def cannot_run(self) -> Absence | None:
-        """An RTX GPU is here, or not."""
+    def cannot_run(self, target: str | None = None) -> Absence | None:
+        """An RTX GPU is here, of the architecture that the engine was built for, or not."""
         absence = self.absence()
         if absence is not None:
             return absence
@@ -67,13 +67,21 @@ class TensorRtRtxBackend(Backend):
             architecture = _architecture()
         except DeviceError as error:
             return Absence("device_missing", error.message, error.remedy)
-        if architecture not in self._known():
-            return Absence(
-                "device_missing",
-                f"the GPU here is {architecture}, TensorRT-RTX runs on {', '.join(self._known())}",
-                "copy the engine to a machine with such a GPU",
-            )
-        return None
+        fitting = self._known() if target is None else (target,)
+        if architecture in fitting:
+            return None
+        return Absence(
+            "device_missing",
+            f"the GPU here is {architecture}, the engine is for {', '.join(fitting)}",
+            "copy the engine to a machine with such a GPU",
+        )
+
+    def device(self) -> str:
+        """The architecture of the GPU here."""
+        try:
+            return _architecture()
+        except DeviceError:
+            return ""
 
     def version(self) -> str:
         """Of the installed package."""

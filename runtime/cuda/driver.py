@@ -61,7 +61,9 @@ def device_of(cuda: Cuda) -> Device:
     try:
         count = cuda.call("cudaGetDeviceCount")
     except DeviceError as error:
-        raise DeviceError(f"there is no NVIDIA GPU here that can be used: {error.message}", error.remedy) from error
+        raise DeviceError(
+            f"there is no NVIDIA GPU here, or no driver that fits cuda-python: {error.message}", error.remedy
+        ) from error
     if count < 1:
         raise DeviceError("there is no NVIDIA GPU here", REMEDY)
     attributes = cuda.library.cudaDeviceAttr

@@ -109,11 +109,11 @@ def model_options(command: Command) -> Command:
     return command
 
 
-def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[..., None]:
+def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[..., int]:
     """A command that makes stages and says what they gave; `run` returns the document's own fields."""
 
     @functools.wraps(run)
-    def command(as_json: bool, **arguments: Any) -> None:
+    def command(as_json: bool, **arguments: Any) -> int:
         from edgewright.console import ConsoleObserver
         from edgewright.pipeline import Pipeline
         from edgewright.report import stage_document
@@ -133,6 +133,7 @@ def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[...,
             click.echo(json.dumps(document, indent=1))
         else:
             click.echo("\n".join(_lines(fields)))
+        return int(any(engine["status"] == "failed" for engine in fields.get("engines", ())))
 
     return cli.command()(model_options(command))
 
@@ -200,10 +201,8 @@ def calibrate(pipeline: Pipeline) -> dict[str, Any]:
 @pipeline_command
 def quantize(pipeline: Pipeline) -> dict[str, Any]:
     """Write the FP16 graph and the INT8 graphs with explicit Q/DQ, one for each dialect."""
-    from edgewright.pipeline import DIALECTS
-
     graphs: list[dict[str, Any]] = [{"graph": "fp16", "path": str(pipeline.workspace.path(pipeline.half.path))}]
-    for dialect in DIALECTS:
+    for dialect in pipeline.dialects:
         artifact = pipeline.quantized(dialect)
         facts = pipeline.runs[-1].facts
         graphs.append(
@@ -230,6 +229,7 @@ def build(pipeline: Pipeline) -> dict[str, Any]:
                 "path": row.path and str(pipeline.workspace.path(row.path)),
                 "actual": row.info.actual_precision if row.info else {},
                 "status": row.status,
+                "reason_code": row.reason_code,
                 "reason": row.reason,
             }
             for row in rows

@@ -10,7 +10,7 @@ from typing import Any
 from edgewright.calibration.datasets import image_folder
 from edgewright.export.models import ModelSource, resolve
 from edgewright.runtime.backends import BACKENDS
-from edgewright.runtime.errors import BuildError, ModelError
+from edgewright.runtime.errors import BuildError, EdgewrightError, ModelError
 from edgewright.runtime.parity import DEFAULT_BUDGET
 from edgewright.runtime.specs import BatchProfile
 from edgewright.workspace import Observer, StageRun, Workspace, source_hash
@@ -74,6 +74,7 @@ class RunContext:
         self.observer = observer or Observer()
         self.workspace = Workspace(options.build_dir / options.model, self.observer)
         self.runs: list[StageRun] = []
+        self._failed: dict[str, EdgewrightError] = {}
 
     def stage(
         self,
@@ -85,8 +86,14 @@ class RunContext:
         code: str,
     ) -> StageRun:
         """Makes or reuses a stage; `code` is the source file that makes it, so that its change is noticed."""
+        if name in self._failed:
+            raise self._failed[name]  # several engines need it, and once is enough
         parts = {**parts, "stage code": source_hash("context.py", code)}
-        run = self.workspace.stage(name, parts, outputs, make)
+        try:
+            run = self.workspace.stage(name, parts, outputs, make)
+        except EdgewrightError as error:
+            self._failed[name] = error
+            raise
         self.runs.append(run)
         return run
 

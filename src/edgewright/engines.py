@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from edgewright.context import RunContext
+from edgewright.context import Options, RunContext
 from edgewright.graphs import NVIDIA_DIALECTS, Graphs
 from edgewright.outcome import EngineRow
 from edgewright.runtime.audit import shares_of_work
@@ -29,6 +29,8 @@ NOTHING_TO_GAIN = Absence(
     "the plan says why for each of them",
 )
 
+NO_DLA = Absence("target_unsupported", "a DLA is part of a Jetson", "take the backend tensorrt there")
+
 
 class Engines:
     """The engines of one run."""
@@ -36,12 +38,30 @@ class Engines:
     def __init__(self, context: RunContext, graphs: Graphs) -> None:
         self._context = context
         self._graphs = graphs
+        self._combinations = tuple(_combinations(context.options))
+        if not self._combinations:
+            raise BuildError(
+                "no backend builds that: backends, precisions and targets that were asked for do not meet",
+                "see edgewright engine --help",
+            )
+
+    @property
+    def need_calibration(self) -> bool:
+        """Whether any engine that can be built here needs measured ranges."""
+        return any(
+            precision in ("fp16", "int8") and backend.absence() is None for backend, precision, _ in self._combinations
+        )
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """Those of the INT8 graphs that the backends of this run read."""
+        return tuple(dict.fromkeys(backend.dialect for backend, _, _ in self._combinations))
 
     @functools.cached_property
     def rows(self) -> tuple[EngineRow, ...]:
         """A row for every engine that was asked for: built, or skipped or failed with its reason."""
         _ = self._graphs.folded  # what goes wrong up to here is no matter of one engine: it ends the run
-        return tuple(self._row(*combination) for combination in self._combinations())
+        return tuple(self._row(*combination) for combination in self._combinations)
 
     def graph(self, backend: str, precision: str) -> OnnxArtifact:
         """The graph that an engine is built from: precision lives in it, but for bf16, which is a backend's option."""
@@ -51,19 +71,11 @@ class Engines:
             return self._graphs.quantized(BACKENDS[backend].dialect).artifact
         return self._graphs.folded
 
-    def _combinations(self) -> Iterator[tuple[Backend, str, str | None]]:
-        options = self._context.options
-        for name, backend in BACKENDS.items():
-            if name not in (options.backends or BACKENDS):
-                continue
-            for target in [word for word in options.targets if word in backend.targets] if backend.targets else [None]:
-                for precision in backend.precisions:
-                    if precision in (options.precisions or backend.precisions):
-                        yield backend, precision, target
-
     def _row(self, backend: Backend, precision: str, target: str | None) -> EngineRow:
         row = EngineRow(backend.name, precision, target, "skipped", "", "")
         absence = backend.absence() or backend.unsupported(precision, target)
+        if self._context.options.dla is not None and target is not None:
+            absence = NO_DLA
         if absence is not None:
             return _without(row, absence)
         stem = f"{ENGINES_FOLDER}/{'-'.join(word for word in (backend.name, precision, target) if word)}"
@@ -122,6 +134,7 @@ class Engines:
             "labels": json.dumps(graph.labels),
             "machine": machine(),
             "backend": f"{backend.name} {backend.version()}",
+            "device": backend.device() if target is None else "",
             "build code": source_hash("runtime/backends", "runtime/specs.py", "runtime/audit.py", "optimize/work.py"),
         }
         if backend.dialect in NVIDIA_DIALECTS:
@@ -129,6 +142,17 @@ class Engines:
         name = " ".join(word for word in ("build", backend.name, precision, target) if word)
         self._context.stage(name, parts, files, make, code=CODE)
         return EngineInfo.from_json(read_json(workspace.path(files[1])))
+
+
+def _combinations(options: Options) -> Iterator[tuple[Backend, str, str | None]]:
+    """The backends, precisions and targets of a run, in the order of its table."""
+    for name, backend in BACKENDS.items():
+        if name not in (options.backends or BACKENDS):
+            continue
+        for target in [word for word in options.targets if word in backend.targets] if backend.targets else [None]:
+            for precision in backend.precisions:
+                if precision in (options.precisions or backend.precisions):
+                    yield backend, precision, target
 
 
 def _without(row: EngineRow, absence: Absence) -> EngineRow:

@@ -225,9 +225,12 @@ class Graphs:
             return self.shipped(fashion_mnist_test, "evaluation")
         return image_folder(folder, self.exported.labels)
 
-    def check_images(self) -> None:
-        """Says before the slow stages what is wrong with the images. Raises `DataError`."""
-        if self._options.calibration is None:
+    def check_images(self, *, calibration: bool) -> None:
+        """Says before the slow stages what is wrong with the images, those for calibration if they will be used.
+
+        Raises `DataError`.
+        """
+        if calibration and self._options.calibration is None:
             self.shipped(fashion_mnist_calibration, "calibration")
         _ = self.evaluation_images
 

@@ -79,16 +79,22 @@ class Outcome:
 
 
 def conclusion(rows: Sequence[EngineRow]) -> tuple[str, EngineRow | None]:
-    """The verdict of the best row, and the fastest row that passes."""
+    """The verdict of the best row, and the fastest row that passes.
+
+    Where nothing could be run, but something was built that its simulation does not rule out, nothing is decided.
+    """
 
     def speed(row: EngineRow) -> float:
         return row.latency.p50 if row.latency is not None else float("inf")
 
-    for status, verdict in (("verified", "pass"), ("undecided", "inconclusive")):
-        fitting = [row for row in rows if row.status == status]
-        if fitting:
-            return verdict, min(fitting, key=speed) if verdict == "pass" else None
-    return "fail", None
+    verified = [row for row in rows if row.status == "verified"]
+    if verified:
+        return "pass", min(verified, key=speed)
+    if any(row.status == "undecided" for row in rows):
+        return "inconclusive", None
+    ran = any(row.status == "over_budget" for row in rows)
+    built = any(row.status in ("simulated", "built_not_run") and row.reason_code != "fail" for row in rows)
+    return ("inconclusive" if built and not ran else "fail"), None
 
 
 def target_choices(rows: Sequence[EngineRow]) -> tuple[TargetChoice, ...]:
@@ -99,24 +105,24 @@ def target_choices(rows: Sequence[EngineRow]) -> tuple[TargetChoice, ...]:
     """
     choices = []
     for target in dict.fromkeys(row.target for row in rows if row.target is not None and not row.ran):
-        passing = {
-            row.precision: row
-            for row in rows
-            if row.target == target and row.parity is not None and row.reason_code == "pass"
-        }
-        choice = _choice(target, passing.get("fp16"), passing.get("int8"))
+        built = {row.precision: row for row in rows if row.target == target and row.parity is not None and not row.ran}
+        choice = _choice(target, built.get("fp16"), built.get("int8"))
         if choice is not None:
             choices.append(choice)
     return tuple(choices)
 
 
 def _choice(target: str, half: EngineRow | None, int8: EngineRow | None) -> TargetChoice | None:
-    if half is None or int8 is None:
-        row = half or int8
-        return None if row is None else TargetChoice(target, row, "the only one that passes")
+    """Without an FP16 engine there is nothing to hold INT8 against, and no choice."""
+    if half is None:
+        return None
+    fallback = half.reason_code == "pass"
+    if int8 is None or int8.reason_code != "pass":
+        return TargetChoice(target, half, "the only one that passes") if fallback else None
     ours, theirs = int8.traffic, half.traffic
     if ours is None or theirs is None:
-        return TargetChoice(target, half, "what INT8 moves is not known")
+        return TargetChoice(target, half, "what INT8 moves is not known") if fallback else None
     comparison = f"int8 {in_words(ours)}, fp16 {in_words(theirs)}"
-    saves = ours.at_most(theirs) and ours.bytes_moved <= WORTH_IT * theirs.bytes_moved
-    return TargetChoice(target, int8 if saves else half, comparison)
+    if ours.at_most(theirs) and ours.bytes_moved <= WORTH_IT * theirs.bytes_moved:
+        return TargetChoice(target, int8, comparison)
+    return TargetChoice(target, half, comparison) if fallback else None

@@ -13,15 +13,11 @@ from edgewright.engines import Engines
 from edgewright.graphs import Graphs
 from edgewright.outcome import EngineRow, Outcome, Reference, conclusion, target_choices
 from edgewright.proof import Proof
-from edgewright.runtime.backends import BACKENDS
 from edgewright.runtime.parity import compare
 from edgewright.runtime.specs import OnnxArtifact
 from edgewright.workspace import Observer, StageRun, Workspace
 
-__all__ = ["DIALECTS", "Options", "Pipeline"]
-
-DIALECTS = tuple(dict.fromkeys(backend.dialect for backend in BACKENDS.values()))
-"""Of the INT8 graphs that the backends read."""
+__all__ = ["Options", "Pipeline"]
 
 
 class Pipeline:
@@ -63,6 +59,11 @@ class Pipeline:
         """The graph in FP16, for NVIDIA's targets."""
         return self._graphs.half
 
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """Those of the INT8 graphs that the backends of this run read."""
+        return self._engines.dialects
+
     def quantized(self, dialect: str) -> OnnxArtifact:
         """The graph with explicit Q/DQ in `dialect`."""
         return self._graphs.quantized(dialect).artifact
@@ -77,7 +78,7 @@ class Pipeline:
 
         Engines for a device that is not here are simulated where that says something.
         """
-        self._graphs.check_images()
+        self._graphs.check_images(calibration=self._engines.need_calibration)
         built, source = self._engines.rows, self._context.source
         expected, images = self._proof.reference, self._graphs.evaluation_images
         judged = [self._proof.judged(row) for row in built]

@@ -88,7 +88,7 @@ class Proof:
         """The row with its parity and verdict, as far as it can be run or simulated here."""
         if row.info is None:
             return row
-        absence = BACKENDS[row.backend].cannot_run()
+        absence = BACKENDS[row.backend].cannot_run(row.target)
         try:
             if absence is None:
                 return self._compared(row, self._engine_logits(row), "engine")
@@ -124,8 +124,8 @@ class Proof:
             return {path: latency.to_json() for path, latency in measured.items()}
 
         parts = {
-            **{f"graph of {row.path}": row.info.onnx_sha256 for row in rows if row.info is not None},
-            "backends": ", ".join(f"{row.backend} {BACKENDS[row.backend].version()}" for row in rows),
+            **{f"engine {row.path}": row.info.engine_sha256 for row in rows if row.info is not None},
+            "backends": ", ".join(_backend_here(row.backend) for row in rows),
             "machine": machine(),
             "threads": str(threads),
             "latency code": source_hash("runtime/latency.py", "runtime/backends"),
@@ -152,8 +152,8 @@ class Proof:
         profile = row.info.profile
         size = ENGINE_BATCH if profile is None else min(ENGINE_BATCH, profile.maximum)
         parts = {
-            "graph": row.info.onnx_sha256,
-            "backend": f"{row.backend} {BACKENDS[row.backend].version()}",
+            "engine": row.info.engine_sha256,
+            "backend": _backend_here(row.backend),
             "backend code": source_hash("runtime/backends"),
         }
         words = " ".join(word for word in (row.backend, row.precision, row.target) if word)
@@ -242,6 +242,12 @@ class Proof:
             return stream
         self._kept = self._kept or list(stream)
         return self._kept
+
+
+def _backend_here(name: str) -> str:
+    """The backend, its version, and the device that it runs on if that is not the processor."""
+    backend = BACKENDS[name]
+    return " ".join(word for word in (name, backend.version(), backend.device()) if word)
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ def audit_line(info: EngineInfo) -> str:
     counts = ", ".join(f"{count} × {precision}" for precision, count in sorted(info.actual_precision.items()))
     return (
         f"{100 * actual:.1f} % of the work in {info.precision} (planned {100 * planned:.1f} %): {counts}; "
-        f"{len(info.kernels)} kernels{bytes_words} at batch 1"
+        f"{len(info.kernels)} kernels{bytes_words} at batch {info.listed_batch}"
     )
 
 
@@ -222,14 +222,17 @@ def remarks(outcome: Outcome) -> list[str]:
 
 
 def _reasons(rows: Sequence[EngineRow]) -> list[str]:
-    """One line for all rows of a backend with the same reason."""
-    grouped: dict[tuple[str, str], list[EngineRow]] = {}
+    """One line for all rows of a backend with the same reason and the same targets."""
+    grouped: dict[tuple[str, str, str], list[EngineRow]] = {}
     for row in rows:
         if row.status != "verified" and row.reason:
-            grouped.setdefault((row.backend, row.reason), []).append(row)
+            grouped.setdefault((row.backend, row.precision, row.reason), []).append(row)
+    merged: dict[tuple[str, str, str], list[str]] = {}
+    for (backend, precision, reason), group in grouped.items():
+        merged.setdefault((backend, _targets_of(group), reason), []).append(precision)
     return [
-        f"{backend} {', '.join(dict.fromkeys(row.precision for row in group))}{_targets_of(group)}: {reason}"
-        for (backend, reason), group in grouped.items()
+        f"{backend} {', '.join(precisions)}{targets}: {reason}"
+        for (backend, targets, reason), precisions in merged.items()
     ]
 
 
@@ -270,6 +273,8 @@ def verdict_line(outcome: Outcome, folder: str) -> str:
     undecided = next((row.verdict for row in outcome.rows if row.status == "undecided" and row.verdict), None)
     if outcome.verdict == "inconclusive" and undecided is not None:
         return f"{undecided.sentence}; no engine is recommended"
+    if outcome.verdict == "inconclusive":
+        return "INCONCLUSIVE: no engine could be run here"
     return "FAIL: no engine stays within the budget; none is recommended"
 
 

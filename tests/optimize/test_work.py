@@ -250,3 +250,14 @@ def test_layers_are_listed_in_the_order_of_the_graph() -> None:
 def test_a_layer_may_be_called_after_its_output_or_its_activation(body: str, aliases: tuple[str, ...]) -> None:
     (layer,) = planned_layers(graph(body, IMAGE, w=(4, 3, 3, 3)))
     assert layer.aliases == aliases
+
+
+def test_aliases_follow_what_may_be_fused() -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 19]> agraph (float[N, 4] x) => (float[N, 3] y, float[N, 3] z) {'
+        "[fc] a = MatMul (x, w) [bias] b = Add (a, c) [act] y = Relu (b) [last] z = Sigmoid (y) }"
+    )
+    arrays = {"w": np.ones((4, 3), np.float32), "c": np.ones(3, np.float32)}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    (layer,) = planned_layers(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
+    assert layer.aliases == ("a", "bias", "b", "act", "y", "last", "z")

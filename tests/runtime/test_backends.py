@@ -610,3 +610,21 @@ def test_exact_kernels_do_not_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_saturates", lambda: True)
     with ONNXRUNTIME.open(graph) as runner:
         np.testing.assert_allclose(runner.infer({"x": x})["y"][:3], 64.0, rtol=1e-5)
+
+
+ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "LeakyRelu")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("layer", ["Gemm (x, w, c)", "MatMul (x, w) [bias] a = Add (m, c)"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_layer_is_found_whatever_is_fused_behind_it(backend: str, layer: str, activation: str) -> None:
+    absence = BACKENDS[backend].absence()
+    if absence is not None:
+        pytest.skip(absence.reason)
+    first = "a" if layer.startswith("Gemm") else "m"
+    body = f"[fc] {first} = {layer} [act] y = {activation} (a)"
+    proto = model_of(body, "float[N, 8] x", "float[N, 5] y", w=normal("w", 8, 5), c=normal("c", 5))
+    planned = planned_layers(ir.from_proto(proto))
+    built = BACKENDS[backend].build(BuildRequest(proto.SerializeToString(), "fp32", planned))
+    assert [(layer.name, layer.actual) for layer in built.layers] == [("fc", "fp32")]

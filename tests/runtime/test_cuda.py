@@ -38,7 +38,7 @@ def test_the_device_is_named_by_its_architecture(capability: tuple[int, int], na
 def test_no_device() -> None:
     with pytest.raises(DeviceError, match="there is no NVIDIA GPU here"):
         driver.device_of(Cuda(FakeCudart(devices=0)))
-    with pytest.raises(DeviceError, match=r"no NVIDIA GPU here that can be used: .*driver version is insufficient"):
+    with pytest.raises(DeviceError, match=r"no driver that fits cuda-python: .*driver version is insufficient"):
         driver.device_of(Cuda(FakeCudart("cudaGetDeviceCount", code=35)))
 
 

@@ -242,3 +242,16 @@ def test_inspector_text_that_cannot_be_read_is_an_error(content: str, fact: str)
     with pytest.raises(BuildError, match="cannot read what was built") as caught:
         kernels_of_inspector(content)
     assert fact in caught.value.message
+
+
+def test_synchronization_between_streams_is_no_kernel() -> None:
+    tensor = "{ Name: x, Dimensions: [-1,4], Strides: [4,1], StrideOrder: [1,0], Datatype: Half, Format: (Linear) Row }"
+    empty = "Inputs: [], Constants: [], Outputs: [], TacticName: "
+    lines = [
+        f"Name: s, LayerType: signal, {empty}, StreamId: 0, EventId: 34, Metadata: ",
+        f"Name: w, LayerType: wait, {empty}, StreamId: 1, EventId: 34, Metadata: ",
+        f"Name: k, LayerType: kgen, Inputs: [ {tensor}], Constants: [], Outputs: [ {tensor}], TacticName: t, "
+        "StreamId: 1, Metadata: [ONNX Layer: relu]",
+    ]
+    (kernel,) = kernels_of_log(["Layers:\n" + "\n".join(lines)])
+    assert (kernel.name, kernel.sources, kernel.precision, kernel.bytes_read) == ("k", ("relu",), "fp16", 8)
