@@ -414,6 +414,22 @@ def test_an_audit_refuses(command: Command, build_dir: Path, damage: str, words:
     assert list(differences(command("audit", path, "--json").document, ERROR_DOCUMENT)) == []
 
 
+def test_build_ends_with_1_if_a_row_failed(linear: Tiny) -> None:
+    done = linear("build", "--json", "--opset", "18", "--backend", "tensorrt-rtx", "--precision", "int8")
+    assert done.code == 1
+    row = next(row for row in done.document["engines"] if row["status"] == "failed")
+    assert row["reason_code"] == "quantization_failed"
+    assert "opset" in row["reason"]
+
+
+def test_a_dla_is_no_matter_of_rtx(linear: Tiny) -> None:
+    done = linear("build", "--json", "--dla", "0", "--precision", "fp16")
+    assert done.code == 0
+    assert {(row["status"], row["reason_code"]) for row in done.document["engines"] if row["target"]} == {
+        ("skipped", "target_unsupported")
+    }
+
+
 @pytest.mark.parametrize("stage", ["build tensorrt-rtx int8 sm86", "quantize rtx", "simulate int8-rtx"])
 def test_a_run_killed_in_a_stage_for_a_gpu_goes_on(gpu_build_dir: Path, images: Any, stage: str) -> None:
     chosen = ("--max-drop", 8, "--backend", "onnxruntime", "--backend", "tensorrt-rtx", "--target", "sm86")

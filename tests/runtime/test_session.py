@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import zlib
@@ -22,7 +23,7 @@ from scipy.special import softmax
 import edgewright.runtime
 from edgewright.runtime import EngineInfo, Preprocess, Session
 from edgewright.runtime import session as module
-from edgewright.runtime.backends import Runner
+from edgewright.runtime.backends import Runner, backend_named
 from edgewright.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
 from edgewright.runtime.engine_files import ENGINES_FOLDER
 from edgewright.runtime.errors import DataError, EngineError
@@ -160,6 +161,28 @@ def test_several_engines_without_a_recommendation_are_ambiguous(build: Path) -> 
     (build / REPORT_FILE).unlink()
     refused(build, r"several engines \(onnxruntime fp32, onnxruntime int8\)")
     refused(build, "several engines", backend="onnxruntime")
+
+
+@pytest.mark.parametrize(("here", "opened"), [("sm86", "sm86"), ("sm89", "sm89"), ("sm120", None), ("", None)])
+def test_of_several_targets_that_of_the_gpu_here_is_taken(
+    build: Path, monkeypatch: pytest.MonkeyPatch, here: str, opened: str | None
+) -> None:
+    backend = backend_named("onnxruntime")  # stands in for one of a GPU
+    monkeypatch.setattr(backend, "device", lambda: here)
+    (build / REPORT_FILE).unlink()
+    folder = build / ENGINES_FOLDER
+    for target in ("sm86", "sm89"):
+        for suffix in (".onnx", ".json"):
+            shutil.copy(folder / f"onnxruntime-int8{suffix}", folder / f"onnxruntime-int8-{target}{suffix}")
+        described = folder / f"onnxruntime-int8-{target}.json"
+        described.write_text(json.dumps(json.loads(described.read_text()) | {"target": target}))
+    for suffix in (".onnx", ".json"):
+        (folder / f"onnxruntime-int8{suffix}").unlink()
+    if opened is None:
+        refused(build, r"several engines \(onnxruntime int8 sm86, onnxruntime int8 sm89\)", precision="int8")
+        return
+    with Session.open(build, precision="int8") as session:
+        assert session.info.target == opened
 
 
 @pytest.mark.parametrize("wish", [{"precision": "bf16"}, {"backend": "tensorrt"}, {"backend": "x", "precision": "y"}])

@@ -291,6 +291,17 @@ def test_it_runs_on_rtx_gpus_alone(architecture: str, runs: bool, monkeypatch: p
         assert f"the GPU here is {architecture}" in absence.reason
 
 
+@pytest.mark.parametrize(("target", "runs"), [("sm89", True), ("sm86", False), ("sm120", False), (None, True)])
+def test_an_engine_runs_on_its_own_architecture(
+    target: str | None, runs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_architecture", lambda: "sm89")
+    absence = RTX.cannot_run(target)
+    assert (absence is None) == runs
+    if absence is not None:
+        assert f"the GPU here is sm89, the engine is for {target}" in absence.reason
+
+
 @pytest.mark.skipif(not no_gpu(), reason="there is an RTX GPU here")
 def test_without_a_gpu_opening_is_an_error(int8_built: Built) -> None:
     absence = RTX.cannot_run()
