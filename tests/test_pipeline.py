@@ -918,3 +918,33 @@ def test_unknown_choices_are_refused_before_anything_is_made(
     with pytest.raises(BuildError, match=message):
         Pipeline(Options("tiny", build_dir=tmp_path, **options))
     assert list(tmp_path.iterdir()) == []
+
+
+# What is not needed is not asked for, and what fails is tried once
+
+
+def test_fp32_alone_needs_no_calibration_images(prove: Prove) -> None:
+    outcome = prove(calibration=None, precisions=("fp32",))
+    assert outcome.verdict == "pass"
+    assert "calibrate" not in {run.name for run in outcome.stages}
+
+
+def test_int8_without_calibration_images_is_refused_before_the_slow_stages(prove: Prove) -> None:
+    with pytest.raises(DataError, match="brings no calibration images of its own; give --calibration DIR"):
+        prove(calibration=None, precisions=("int8",))
+
+
+def test_a_calibration_that_fails_is_tried_once(prove: Prove, build_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def broken(*arguments: Any, **options: Any) -> None:
+        tries.append(1)
+        raise CalibrationError("conv_3 was not measured", "calibrate again")
+
+    monkeypatch.setattr("edgewright.calibration.collect.collect", broken)
+    (build_dir / "tiny" / "calibrate.key.json").unlink()
+    outcome = prove(backends=("onnxruntime", "openvino"))
+    failed = [row for row in outcome.rows if row.reason_code == "quantization_failed"]
+    assert {row.backend for row in failed} <= {"onnxruntime", "openvino"}
+    assert row_of(outcome, "onnxruntime", "int8") in failed
+    assert len(tries) == 1
