@@ -13,7 +13,8 @@ from importlib import metadata
 from types import ModuleType
 
 from ..errors import BuildError, DeviceError, EngineError
-from .base import Absence, Backend, BuildRequest, Compiled, Runner
+from .base import Absence, BuildRequest, Compiled
+from .tensorrt_base import NvidiaBackend
 from .tensorrt_builder import build_engine
 from .tensorrt_listing import kernels_of_inspector
 
@@ -27,14 +28,13 @@ INSTALL = (
 OLDEST, NEWEST = (10, 3), (11,)  # JetPack 6.1, and the newest major version whose interface is known
 
 
-class TensorRtBackend(Backend):
+class TensorRtBackend(NvidiaBackend):
     """FP32, FP16 and explicit-Q/DQ INT8 graphs on the NVIDIA GPU of this machine."""
 
     name = "tensorrt"
     precisions = ("fp32", "fp16", "int8")
     dialect = "tensorrt"
     suffix = ".plan"
-    version_bound = True
 
     def absence(self) -> Absence | None:
         """The package, in a version that is known, and a GPU are here, or not."""
@@ -59,14 +59,9 @@ class TensorRtBackend(Backend):
             return None
         return Absence("target_unsupported", f"TensorRT does not build for {target} here", "name no target")
 
-    def device(self) -> str:
-        """The architecture of the GPU here."""
-        from ..cuda import device_here
-
-        try:
-            return device_here().architecture
-        except DeviceError:
-            return ""
+    def package(self) -> ModuleType:
+        """Loaded once per process."""
+        return _package()
 
     def version(self) -> str:
         """Of the installed package; JetPack's may come without a record of it, then the package is asked."""
@@ -94,16 +89,6 @@ class TensorRtBackend(Backend):
             profile=plan.profile,
             timing_cache=plan.timing_cache,
         )
-
-    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
-        """On the GPU here; `threads` plays no role."""
-        absence = self.absence()
-        if absence is not None:
-            raise EngineError(absence.reason, absence.hint)
-        from ..cuda import Cuda
-        from .tensorrt_runner import TensorRtRunner
-
-        return TensorRtRunner(_package(), engine, Cuda.load())
 
 
 @functools.cache

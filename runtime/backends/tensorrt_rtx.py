@@ -8,8 +8,9 @@ import importlib.util
 from importlib import metadata
 from types import ModuleType
 
-from ..errors import BuildError, DeviceError, EngineError
-from .base import Absence, Backend, BuildRequest, Compiled, Runner
+from ..errors import BuildError, DeviceError
+from .base import Absence, BuildRequest, Compiled
+from .tensorrt_base import NvidiaBackend
 from .tensorrt_builder import build_engine
 from .tensorrt_listing import kernels_of_log
 
@@ -24,14 +25,13 @@ IMPOSSIBLE = {  # tried with TensorRT-RTX 1.7
 }
 
 
-class TensorRtRtxBackend(Backend):
+class TensorRtRtxBackend(NvidiaBackend):
     """FP32, FP16 and explicit-Q/DQ INT8 graphs for RTX GPUs from Turing to Blackwell; for no Jetson."""
 
     name = "tensorrt-rtx"
     precisions = ("fp32", "fp16", "int8")
     dialect = "rtx"
     suffix = ".engine"
-    version_bound = True
     targets = ("sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
     def absence(self) -> Absence | None:
@@ -76,12 +76,9 @@ class TensorRtRtxBackend(Backend):
             "copy the engine to a machine with such a GPU",
         )
 
-    def device(self) -> str:
-        """The architecture of the GPU here."""
-        try:
-            return _architecture()
-        except DeviceError:
-            return ""
+    def package(self) -> ModuleType:
+        """Loaded once per process."""
+        return _package()
 
     def version(self) -> str:
         """Of the installed package."""
@@ -105,16 +102,6 @@ class TensorRtRtxBackend(Backend):
             versions={self.name: self.version()},
             profile=plan.profile,
         )
-
-    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
-        """On the GPU here; `threads` plays no role."""
-        absence = self.cannot_run()
-        if absence is not None:
-            raise EngineError(absence.reason, absence.hint)
-        from ..cuda import Cuda
-        from .tensorrt_runner import TensorRtRunner
-
-        return TensorRtRunner(_package(), engine, Cuda.load())
 
     def _known(self) -> tuple[str, ...]:
         members = _package().ComputeCapability.__members__
