@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,29 +19,12 @@ from edgewright.export.to_onnx import export_onnx
 from edgewright.optimize.cast_fp16 import CastResult, cast_fp16
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
 from edgewright.runtime.errors import QuantizationError
+from textual_graphs import IMAGE, MAPS, graph, normal
 
 Array = NDArray[Any]
 
-IMAGE = "float[N, 3, 8, 8] x"
-MAPS = "float[N, C, H, L] y"
 W = (3, 3, 1, 1)
 FITS = Range(-10.0, 10.0)
-
-
-def normal(name: str, *shape: int) -> Array:
-    """Float32, seeded by its name."""
-    return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
-
-
-def graph(body: str, inputs: str = IMAGE, outputs: str = MAPS, *, opset: int = 19, **arrays: Any) -> ir.Model:
-    """A model in textual syntax; `arrays` become initializers, seeded by their names where only a shape is given."""
-    proto = onnx.parser.parse_model(
-        f'<ir_version: 10, opset_import: ["": {opset}]> agraph ({inputs}) => ({outputs}) {{ {body} }}'
-    )
-    for name, array in arrays.items():
-        values = normal(name, *array) if isinstance(array, tuple) else np.asarray(array)
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True))
 
 
 def fitting(model: ir.Model, **others: Range | None) -> dict[str, Range]:

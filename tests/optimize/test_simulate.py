@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
@@ -21,33 +20,16 @@ from edgewright.optimize.cast_fp16 import cast_fp16
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
 from edgewright.optimize.simulate import signed_to_unsigned, simulate_fp16
 from edgewright.runtime.errors import QuantizationError
+from textual_graphs import graph, normal
 
 Array = NDArray[Any]
 
-IMAGE = "float[N, 3, 8, 8] x"
-MAPS = "float[N, C, H, L] y"
 W = (3, 3, 1, 1)
 LIE = Range(-1.0, 1.0)
 CODES = np.arange(-128, 128, dtype=np.int8)
 
 
-def normal(name: str, *shape: int) -> Array:
-    """Float32, seeded by its name."""
-    return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
-
-
 X = normal("x", 2, 3, 8, 8)
-
-
-def graph(body: str, inputs: str = IMAGE, outputs: str = MAPS, *, opset: int = 19, **arrays: Any) -> ir.Model:
-    """A model in textual syntax; `arrays` become initializers, seeded by their names where only a shape is given."""
-    proto = onnx.parser.parse_model(
-        f'<ir_version: 10, opset_import: ["": {opset}]> agraph ({inputs}) => ({outputs}) {{ {body} }}'
-    )
-    for name, array in arrays.items():
-        values = normal(name, *array) if isinstance(array, tuple) else np.asarray(array)
-        proto.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True))
 
 
 def in_fp16(model: ir.Model) -> ir.Model:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import platform
-import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import metadata
@@ -37,6 +36,7 @@ from edgewright.runtime.backends import (
 from edgewright.runtime.backends import onnxruntime_cpu as module
 from edgewright.runtime.errors import BuildError, EngineError
 from edgewright.runtime.specs import BatchProfile, Kernel, PlannedLayer, TensorSpec
+from textual_graphs import model_of, normal
 
 Array = NDArray[Any]
 
@@ -53,19 +53,6 @@ NET = """
 [head] y = Gemm <transB = 1> (f, u, c)
 """
 SHAPES = {"w": (16, 3, 3, 3), "b": (16,), "v": (16, 1, 3, 3), "u": (5, 16), "c": (5,)}
-
-
-def normal(name: str, *shape: int) -> Array:
-    """Float32, seeded by its name."""
-    return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
-
-
-def model_of(body: str, inputs: str, outputs: str, **arrays: Array) -> onnx.ModelProto:
-    proto = onnx.parser.parse_model(
-        f'<ir_version: 10, opset_import: ["": 19]> agraph ({inputs}) => ({outputs}) {{ {body} }}'
-    )
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
-    return onnx.shape_inference.infer_shapes(proto)
 
 
 def net() -> ir.Model:

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -32,6 +31,7 @@ from edgewright.runtime.backends.naming import layer_run_by
 from edgewright.runtime.backends.openvino_cpu import OpenVinoBackend
 from edgewright.runtime.errors import BuildError, EngineError
 from edgewright.runtime.specs import Kernel, PlannedLayer, TensorSpec
+from textual_graphs import model_of, normal
 
 if importlib.util.find_spec("openvino") is None:
     pytest.skip("the package openvino is not installed", allow_module_level=True)
@@ -70,19 +70,6 @@ LAYERS = ("conv", "depthwise", "point", "last", "head")
 needs_bf16 = pytest.mark.skipif(
     OPENVINO.unsupported("bf16", None) is not None, reason="this processor has no BF16 arithmetic"
 )
-
-
-def normal(name: str, *shape: int) -> Array:
-    """Float32, seeded by its name."""
-    return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
-
-
-def model_of(body: str, inputs: str, outputs: str, **arrays: Array) -> onnx.ModelProto:
-    proto = onnx.parser.parse_model(
-        f'<ir_version: 10, opset_import: ["": 19]> agraph ({inputs}) => ({outputs}) {{ {body} }}'
-    )
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
-    return onnx.shape_inference.infer_shapes(proto)
 
 
 def net(batch: str = "N") -> ir.Model:
