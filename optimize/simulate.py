@@ -16,9 +16,10 @@ What needs no pair, since the result is the same:
   them is as good. onnxruntime then fuses a convolution with its ReLU;
 * what DequantizeLinear gives a convolution or matrix product: on the device it multiplies the integers.
 
-Between DequantizeLinear and the next QuantizeLinear there is always a pair, so that onnxruntime fuses no integer
-kernel: convolutions of integers run in float32, on weights that are dequantized here. That is faster (EfficientNet-B0:
-2.2 instead of 2.4 times FP32), does not depend on VNNI, and is exact but for float32's order of summation.
+With an FP16 remainder there is always a pair between DequantizeLinear and the next QuantizeLinear, so that onnxruntime
+fuses no integer kernel: convolutions of integers run in float32, on weights that are dequantized here. That is faster
+(EfficientNet-B0: 2.2 instead of 2.4 times FP32), does not depend on VNNI, and is exact but for float32's order of
+summation. With an FP32 remainder onnxruntime does fuse them.
 """
 
 from __future__ import annotations

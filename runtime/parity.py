@@ -24,6 +24,7 @@ __all__ = [
     "STATUS_OF_VERDICT",
     "PairedCounts",
     "Parity",
+    "Source",
     "Verdict",
     "compare",
     "judge",

@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from command import run_process
-from edgewright import graphs
+from edgewright import cli, graphs
 from edgewright.calibration.image_set import ImageSet
+from edgewright.context import DEFAULT_TARGETS
 from edgewright.export.models import MODELS, ModelEntry, resolve
-from edgewright.graphs import Graphs
+from edgewright.graphs import NVIDIA_DIALECTS, Graphs
+from edgewright.optimize import dialects
 from edgewright.outcome import EngineRow, Outcome, conclusion
 from edgewright.pipeline import Options, Pipeline
 from edgewright.runtime.backends import BACKENDS, Absence, BuildRequest, Compiled, Runner
@@ -948,3 +950,11 @@ def test_a_calibration_that_fails_is_tried_once(prove: Prove, build_dir: Path, m
     assert {row.backend for row in failed} <= {"onnxruntime", "openvino"}
     assert row_of(outcome, "onnxruntime", "int8") in failed
     assert len(tries) == 1
+
+
+def test_what_is_said_twice_is_the_same() -> None:
+    """A run in which nothing changed imports neither onnx nor the stages of the command line's defaults."""
+    assert set(NVIDIA_DIALECTS) == set(dialects.NVIDIA)
+    target = next(option for option in cli.cli.commands["engine"].params if option.name == "target")
+    assert target.default == ",".join(DEFAULT_TARGETS)
+    assert {backend.dialect for backend in BACKENDS.values()} == set(dialects.DIALECTS)

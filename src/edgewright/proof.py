@@ -30,7 +30,7 @@ from edgewright.runtime.backends import BACKENDS, Runner, backend_named
 from edgewright.runtime.errors import EngineError
 from edgewright.runtime.files import write_bytes
 from edgewright.runtime.latency import Latency, measure_interleaved
-from edgewright.runtime.parity import STATUS_OF_VERDICT, compare, judge
+from edgewright.runtime.parity import STATUS_OF_VERDICT, Source, compare, judge
 from edgewright.runtime.specs import OnnxArtifact
 from edgewright.workspace import library_versions, machine, source_hash
 
@@ -133,10 +133,10 @@ class Proof:
         facts = self._context.stage("latency", parts, (), make, code=CODE).facts
         return {path: Latency.from_json(latency) for path, latency in facts.items()}
 
-    def _compared(self, row: EngineRow, logits: Logits, source: str) -> EngineRow:
+    def _compared(self, row: EngineRow, logits: Logits, source: Source) -> EngineRow:
         engine = source == "engine"
         labels = self._graphs.evaluation_images.labels
-        parity = compare(self.reference, logits, labels, source="engine" if engine else "simulation")
+        parity = compare(self.reference, logits, labels, source=source)
         verdict = judge(parity, self._context.options.budget)
         return replace(
             row,
