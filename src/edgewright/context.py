@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from edgewright.calibration.datasets import image_folder
-from edgewright.export.models import ModelSource, resolve
+from edgewright.export.completion import Completion
+from edgewright.export.entries import InputShape, ModelSource
+from edgewright.export.resolve import ModelRequest, folder_name, resolve
 from edgewright.runtime.backends import BACKENDS
 from edgewright.runtime.errors import BuildError, EdgewrightError, ModelError
 from edgewright.runtime.parity import DEFAULT_BUDGET
+from edgewright.runtime.preprocess import Preprocess
 from edgewright.runtime.specs import BatchProfile
 from edgewright.workspace import Observer, StageRun, Workspace, source_hash
 
 __all__ = ["DEFAULT_TARGETS", "GRAPH_LIBRARIES", "Options", "RunContext"]
 
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")  # GeForce and RTX boxes of the last three generations
+Fact = TypeVar("Fact")
 GRAPH_LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
@@ -25,7 +29,7 @@ GRAPH_LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-
 class Options:
     """What a run was asked for.
 
-    * weights: "default", another name of the registry, "random" or a file
+    * model, weights, model_options, completion: as in `ModelRequest`
     * calibration, evaluation: folders of images; None is what ships with the project, where it does
     * method: of the activation ranges; budget: largest loss of top-1, a fraction
     * backends, precisions: which engines to build; empty means all
@@ -53,6 +57,13 @@ class Options:
     workspace: int | None = None
     dla: int | None = None
     threads: int = 0
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    completion: Completion = field(default_factory=Completion)
+
+    @property
+    def request(self) -> ModelRequest:
+        """What is said about the network."""
+        return ModelRequest(self.model, self.weights, self.model_options, self.completion)
 
 
 class RunContext:
@@ -63,18 +74,27 @@ class RunContext:
         _check_choice("backend", options.backends, tuple(BACKENDS))
         _check_choice("precision", options.precisions, _all("precisions"))
         _check_choice("target", options.targets, _all("targets"))
-        self.source: ModelSource = resolve(options.model, options.weights)
-        shape = self.source.preprocess.input_shape
-        if shape is None:
-            raise ModelError(f"{options.model} has no fixed input size", "give its preprocessing a crop")
-        self.input_shape: tuple[int, int, int] = shape
+        self.source: ModelSource = resolve(options.request)
+        self.input_shape: InputShape = self._known(self.source.input_shape)
         for folder in (options.calibration, options.evaluation):
             if folder is not None:
                 image_folder(folder)  # says before the first stage what is wrong without knowing the labels
         self.observer = observer or Observer()
-        self.workspace = Workspace(options.build_dir / options.model, self.observer)
+        self.workspace = Workspace(options.build_dir / folder_name(options.model), self.observer)
         self.runs: list[StageRun] = []
         self._failed: dict[str, EdgewrightError] = {}
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """What is done to an image. Raises `ModelError` that asks for what nobody has said."""
+        return self._known(self.source.preprocess)
+
+    def _known(self, fact: Fact | None) -> Fact:
+        if fact is None:
+            raise ModelError(
+                f"{self.options.model} does not say all about its images", f"give {', '.join(self.source.missing)}"
+            )
+        return fact
 
     def stage(
         self,

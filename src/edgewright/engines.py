@@ -16,6 +16,7 @@ from edgewright.runtime.backends import BACKENDS, Absence, Backend, BuildRequest
 from edgewright.runtime.engine_files import ENGINES_FOLDER
 from edgewright.runtime.errors import BuildError, CalibrationError, QuantizationError
 from edgewright.runtime.files import read_json, sha256_of, write_bytes, write_json
+from edgewright.runtime.preprocess import Preprocess
 from edgewright.runtime.session import REPORT_FILE
 from edgewright.runtime.specs import EngineInfo, OnnxArtifact, PlannedLayer
 from edgewright.workspace import machine, source_hash
@@ -60,6 +61,7 @@ class Engines:
     @functools.cached_property
     def rows(self) -> tuple[EngineRow, ...]:
         """A row for every engine that was asked for: built, or skipped or failed with its reason."""
+        _ = self._context.preprocess
         _ = self._graphs.folded  # what goes wrong up to here is no matter of one engine: it ends the run
         return tuple(self._row(*combination) for combination in self._combinations)
 
@@ -121,7 +123,7 @@ class Engines:
                     timing_cache.read_bytes() if timing_cache.is_file() else b"",
                 )
             )
-            info = _info(backend, precision, target, graph, built)
+            info = _info(backend, precision, target, graph, self._context.preprocess, built)
             write_bytes(workspace.path(files[0]), built.compiled.engine)
             write_json(workspace.path(files[1]), info.to_json())
             if built.compiled.timing_cache:
@@ -130,7 +132,7 @@ class Engines:
 
         parts = {
             "graph": graph.sha256,
-            "preprocessing": json.dumps(graph.preprocess.to_json()),
+            "preprocessing": json.dumps(self._context.preprocess.to_json()),
             "labels": json.dumps(graph.labels),
             "machine": machine(),
             "backend": f"{backend.name} {backend.version()}",
@@ -170,7 +172,9 @@ def _planned(graph: bytes, precision: str) -> tuple[PlannedLayer, ...]:
     return tuple(replace(layer, precision="bf16") for layer in layers) if precision == "bf16" else layers
 
 
-def _info(backend: Backend, precision: str, target: str | None, graph: OnnxArtifact, built: Built) -> EngineInfo:
+def _info(
+    backend: Backend, precision: str, target: str | None, graph: OnnxArtifact, preprocess: Preprocess, built: Built
+) -> EngineInfo:
     compiled = built.compiled
     return EngineInfo(
         backend=backend.name,
@@ -178,7 +182,7 @@ def _info(backend: Backend, precision: str, target: str | None, graph: OnnxArtif
         target=target,
         inputs=compiled.inputs,
         outputs=compiled.outputs,
-        preprocess=graph.preprocess,
+        preprocess=preprocess,
         labels=graph.labels,
         onnx_sha256=graph.sha256,
         engine_sha256=sha256_of(compiled.engine),

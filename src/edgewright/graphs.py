@@ -13,24 +13,31 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgewright.calibration.datasets import check_disjoint, image_folder
 from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
 from edgewright.context import GRAPH_LIBRARIES, RunContext
-from edgewright.runtime.errors import DataError
+from edgewright.export.entries import ModelSource
+from edgewright.memory import keep_freed_memory
+from edgewright.runtime.errors import DataError, ModelError
 from edgewright.runtime.files import read_json, sha256_of, sha256_of_file, write_bytes, write_json
 from edgewright.runtime.specs import OnnxArtifact, TensorSpec
 from edgewright.workspace import StageRun, library_versions, source_hash
 
-__all__ = ["NVIDIA_DIALECTS", "Graphs", "QuantizedArtifact"]
+__all__ = ["NVIDIA_DIALECTS", "Graphs", "Infer", "QuantizedArtifact"]
 
 CODE = "graphs.py"
 CHECK_SEED = 21
 MODEL_FILE, FOLDED_FILE, CALIBRATION_FILE = "model.onnx", "folded.onnx", "calibration.json"
 NVIDIA_DIALECTS = ("tensorrt", "rtx")  # `optimize/dialects.py` imports onnx, a run in which nothing changed must not
+FOLDING_FILES = ("edits", "fold_batchnorm", "passes", "recognize_batchnorm", "verify")
 PLAN_SCHEMA = "edgewright.plan/1"
+
+Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`."""
 
 
 @dataclass(frozen=True)
@@ -53,39 +60,67 @@ class Graphs:
     @functools.cached_property
     def reference_module(self) -> Any:
         """The PyTorch model."""
-        return self._context.source.build()
+        return self._context.source.module()
+
+    def reference(self) -> Infer:
+        """The source itself: the PyTorch model, or the ONNX file that a person gave."""
+        if self._context.source.onnx is not None:
+            from edgewright.export.from_onnx import reference_of
+
+            reference: Infer = reference_of(self._context.source.onnx)
+            return reference
+        import torch
+
+        keep_freed_memory()
+        module = self.reference_module
+
+        def infer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                pixels = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
+                logits: NDArray[np.float32] = module(pixels).numpy()
+            return logits
+
+        return infer
 
     @functools.cached_property
     def exported(self) -> OnnxArtifact:
-        """The ONNX graph of the PyTorch model, equal to it, batch normalization visible."""
+        """The ONNX graph of the source, equal to it, batch normalization visible."""
         source, opset, input_shape = self._context.source, self._options.opset, self._context.input_shape
 
         def make() -> Mapping[str, Any]:
-            from edgewright.export.to_onnx import INPUT_NAME, OUTPUT_NAME, export_onnx
-
-            content = export_onnx(self.reference_module, input_shape, opset=opset)
-            labels = source.labels()
+            content = self._exported_content()
             write_bytes(self._workspace.path(MODEL_FILE), content)
+            (image,), (logits,) = _interface(content)
             artifact = OnnxArtifact(
                 path=MODEL_FILE,
                 sha256=sha256_of(content),
                 opset=opset,
-                inputs=(TensorSpec(INPUT_NAME, (None, *input_shape), "float32"),),
-                outputs=(TensorSpec(OUTPUT_NAME, (None, len(labels)), "float32"),),
-                preprocess=source.preprocess,
-                labels=labels,
+                inputs=(image,),
+                outputs=(logits,),
+                labels=_labels(source, logits),
             )
             return artifact.to_json()
 
         parts = {
             "model": self._options.model,
             "weights": source.fingerprint,
-            "preprocessing": json.dumps(source.preprocess.to_json()),
+            "input": str(input_shape),
+            "labels": json.dumps(self._options.completion.labels),
             "opset": str(opset),
             "export code": source_hash("export", "runtime/preprocess.py"),
             "libraries": library_versions("torch", "torchvision", *GRAPH_LIBRARIES),
         }
         return OnnxArtifact.from_json(self._stage("export", parts, (MODEL_FILE,), make).facts)
+
+    def _exported_content(self) -> bytes:
+        source, opset, input_shape = self._context.source, self._options.opset, self._context.input_shape
+        if source.onnx is not None:
+            from edgewright.export.from_onnx import import_onnx
+
+            return import_onnx(source.onnx, input_shape, opset=opset)
+        from edgewright.export.to_onnx import export_onnx
+
+        return export_onnx(self.reference_module, input_shape, opset=opset)
 
     @functools.cached_property
     def folded(self) -> OnnxArtifact:
@@ -96,12 +131,13 @@ class Graphs:
             import onnx_ir as ir
 
             from edgewright.optimize.fold_batchnorm import fold_batchnorm
-            from edgewright.optimize.passes import run_passes
+            from edgewright.optimize.recognize_batchnorm import recognize_batchnorm
             from edgewright.optimize.verify import check_equivalent
 
             model = ir.load(self._workspace.path(before.path))
-            result = run_passes(model, (fold_batchnorm,))
-            proto = ir.to_proto(result.model)
+            recognized = recognize_batchnorm(model)
+            folded = fold_batchnorm(recognized.model)
+            proto = ir.to_proto(folded.model)
             rng = np.random.default_rng(CHECK_SEED)
             images = rng.standard_normal((2, *self._context.input_shape), np.float32)
             difference = check_equivalent(ir.to_proto(model), proto, feeds={before.inputs[0].name: images})
@@ -109,16 +145,15 @@ class Graphs:
             write_bytes(self._workspace.path(FOLDED_FILE), content)
             return {
                 "artifact": replace(before, path=FOLDED_FILE, sha256=sha256_of(content)).to_json(),
-                "folded": result.changed,
-                "skipped": [vars(skip) for skip in result.skipped],
+                "folded": folded.changed,
+                "skipped": [vars(skip) for skip in (*recognized.skipped, *folded.skipped)],
                 "difference": difference,
             }
 
         parts = {
             "graph": before.sha256,
-            "preprocessing": json.dumps(before.preprocess.to_json()),
             "labels": json.dumps(before.labels),
-            "fold code": source_hash("optimize/passes.py", "optimize/fold_batchnorm.py", "optimize/verify.py"),
+            "fold code": source_hash(*(f"optimize/{file}.py" for file in FOLDING_FILES)),
             "libraries": library_versions(*GRAPH_LIBRARIES),
         }
         return OnnxArtifact.from_json(self._stage("fold", parts, (FOLDED_FILE,), make).facts["artifact"])
@@ -126,12 +161,11 @@ class Graphs:
     @functools.cached_property
     def calibrated(self) -> str:
         """SHA-256 of `calibration.json`: a histogram of every activation over the calibration images, labels unseen."""
-        graph = self.folded
-        images = self.calibration_images
+        preprocess, graph, images = self._context.preprocess, self.folded, self.calibration_images
         identity = {
             "graph": graph.sha256,
             "images": images.identity,
-            "preprocessing": json.dumps(graph.preprocess.to_json()),
+            "preprocessing": json.dumps(preprocess.to_json()),
             "calibration code": source_hash(
                 *(f"calibration/{file}.py" for file in ("collect", "observers", "ranges", "stream")),
                 "runtime/preprocess.py",
@@ -146,7 +180,7 @@ class Graphs:
 
             table = collect(
                 ir.load(self._workspace.path(graph.path)),
-                batches(images, graph.preprocess, BATCH_SIZE),
+                batches(images, preprocess, BATCH_SIZE),
                 identity=identity,
                 threads=self._options.threads,
                 progress=lambda done: self._context.observer.progressed("calibrate", done, len(images)),
@@ -228,8 +262,14 @@ class Graphs:
     def check_images(self, *, calibration: bool) -> None:
         """Says before the slow stages what is wrong with the images, those for calibration if they will be used.
 
-        Raises `DataError`.
+        Raises `DataError`, or `ModelError` for a network whose output is no vector of logits.
         """
+        if not self.exported.labels:
+            shape = "×".join(str(side) for side in self.exported.outputs[0].shape[1:])
+            raise ModelError(
+                f"{self._options.model} gives features {shape}, no logits, so that no accuracy can be judged",
+                "edgewright build makes its engines",
+            )
         if calibration and self._options.calibration is None:
             self.shipped(fashion_mnist_calibration, "calibration")
         _ = self.evaluation_images
@@ -245,8 +285,8 @@ class Graphs:
 
     def _rewriting_parts(self) -> dict[str, str]:
         return {
-            "graph": self.folded.sha256,
             "calibration": self.calibrated,
+            "graph": self.folded.sha256,
             "rewriting code": source_hash("optimize", "calibration/observers.py", "calibration/ranges.py"),
             "libraries": library_versions(*GRAPH_LIBRARIES),
         }
@@ -274,3 +314,26 @@ class Graphs:
         self, name: str, parts: Mapping[str, str], outputs: tuple[str, ...], make: Callable[[], Mapping[str, Any]]
     ) -> StageRun:
         return self._context.stage(name, parts, outputs, make, code=CODE)
+
+
+def _interface(content: bytes) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of a serialized graph of float32 tensors; a dynamic axis is None."""
+    import onnx
+
+    def spec(value: onnx.ValueInfoProto) -> TensorSpec:
+        sides = value.type.tensor_type.shape.dim
+        return TensorSpec(value.name, tuple(None if side.dim_param else side.dim_value for side in sides), "float32")
+
+    graph = onnx.load_from_string(content).graph
+    return tuple(map(spec, graph.input)), tuple(map(spec, graph.output))
+
+
+def _labels(source: ModelSource, output: TensorSpec) -> tuple[str, ...]:
+    """A name for each class; none for a map of features. Raises `ModelError` if their number is another one."""
+    if len(output.shape) != 2:
+        return ()
+    classes, known = output.shape[1] or 0, source.class_names()
+    names = known if known is not None else tuple(f"class {index}" for index in range(classes))
+    if len(names) != classes:
+        raise ModelError(f"{source.name} has {classes} classes, but {len(names)} labels", "correct the labels")
+    return names

@@ -41,7 +41,7 @@ class Pipeline:
 
     @property
     def exported(self) -> OnnxArtifact:
-        """The ONNX graph of the PyTorch model."""
+        """The ONNX graph of the source."""
         return self._graphs.exported
 
     @property
@@ -78,6 +78,7 @@ class Pipeline:
 
         Engines for a device that is not here are simulated where that says something.
         """
+        _ = self._context.preprocess
         self._graphs.check_images(calibration=self._engines.need_calibration)
         built, source = self._engines.rows, self._context.source
         expected, images = self._proof.reference, self._graphs.evaluation_images

@@ -23,8 +23,7 @@ from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
 from edgewright.context import GRAPH_LIBRARIES, RunContext
 from edgewright.engines import Engines
-from edgewright.graphs import Graphs
-from edgewright.memory import keep_freed_memory
+from edgewright.graphs import Graphs, Infer
 from edgewright.outcome import EngineRow
 from edgewright.runtime.backends import BACKENDS, Runner, backend_named
 from edgewright.runtime.errors import EngineError
@@ -49,8 +48,6 @@ SEED = 21
 SIMULATED = ("fp16", "int8")
 
 Logits = NDArray[np.float32]
-Infer = Callable[[NDArray[np.float32]], Logits]
-"""Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`."""
 
 
 class Proof:
@@ -65,24 +62,17 @@ class Proof:
 
     @functools.cached_property
     def reference(self) -> Logits:
-        """Logits of the PyTorch model on the evaluation images."""
-
-        def infer(batch: NDArray[np.float32]) -> Logits:
-            import torch
-
-            keep_freed_memory()
-            with torch.inference_mode():
-                pixels = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
-                logits: Logits = self._graphs.reference_module(pixels).numpy()
-            return logits
-
+        """Logits of the source itself on the evaluation images."""
         parts = {
             "weights": self._context.source.fingerprint,
             "model": self._context.options.model,
-            "reference code": source_hash("export/zoo", "export/weights.py", "export/models.py"),
-            "libraries": library_versions("torch"),
+            "input": str(self._context.input_shape),
+            "reference code": source_hash("graphs.py", "export"),
+            "libraries": library_versions("torch", "torchvision", "timm", "onnxruntime"),
         }
-        return self._logits("reference", "reference", parts, lambda: contextlib.nullcontext(infer), threads=0)
+        return self._logits(
+            "reference", "reference", parts, lambda: contextlib.nullcontext(self._graphs.reference()), threads=0
+        )
 
     def judged(self, row: EngineRow) -> EngineRow:
         """The row with its parity and verdict, as far as it can be run or simulated here."""
@@ -203,7 +193,7 @@ class Proof:
     ) -> Logits:
         """Logits `[N, classes]` of what `opened` gives on all evaluation images, kept as an artefact."""
         file = f"logits/{stem}.npy"
-        images, preprocess = self._graphs.evaluation_images, self._context.source.preprocess
+        images, preprocess = self._graphs.evaluation_images, self._context.preprocess
 
         def make() -> Mapping[str, Any]:
             results: list[Logits] = []
@@ -237,7 +227,7 @@ class Proof:
         Threads that decode beside PyTorch's would keep those waiting for each other: on two cores the reference then
         takes half as long again.
         """
-        stream = batches(images, self._context.source.preprocess, REFERENCE_BATCH)
+        stream = batches(images, self._context.preprocess, REFERENCE_BATCH)
         if 4 * int(np.prod(self._context.input_shape)) * len(images) > KEPT_BYTES:
             return stream
         self._kept = self._kept or list(stream)

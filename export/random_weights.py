@@ -1,0 +1,71 @@
+"""Seeded random weights that are worth exporting: batch normalization has something to do, activations stay finite.
+
+A freshly built network has running means of 0, variances of 1, and scales of 1 and shifts of 0: a graph from which its
+batch normalization was dropped gives the same, and so hides every mistake of folding. Statistics drawn at random
+instead would let the activations of a deep residual network grow without bound. So one forward pass visits each
+normalization in order, takes mean μ and standard deviation σ of each channel of what it is given, and sets
+
+    running mean = μ + σ · n / 4,   running variance = σ² · u,   γ = v,   β = n' / 4
+
+with n, n' from N(0, 1), u from U(1/2, 3/2) and v from U(1/2, 1): what comes out has about unit scale, whatever the depth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["disturb_statistics", "is_batch_norm"]
+
+IMAGES = 2
+FEATURES = 16  # samples that statistics of a vector of features need at least; one forward pass has few images
+SMALLEST_VARIANCE = 1e-4  # of a channel that is constant on these images
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether `module` normalizes by running statistics, `nn.BatchNorm2d` or one that is written out."""
+    return isinstance(getattr(module, "running_var", None), Tensor) and isinstance(module.weight, Tensor)
+
+
+def disturb_statistics(model: nn.Module, input_shape: tuple[int, int, int], seed: int) -> None:
+    """Gives every batch normalization of `model` statistics, scales and shifts that change what passes through it.
+
+    One forward pass of noise images `[2, C, H, W]` in evaluation mode; a network without any stays as it is.
+    """
+    norms = [module for module in model.modules() if is_batch_norm(module)]
+    if not norms:
+        return
+    generator = torch.Generator().manual_seed(seed)
+
+    def before(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        _disturb(norm, inputs[0], generator)
+
+    hooks = [norm.register_forward_pre_hook(before) for norm in norms]
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.randn((IMAGES, *input_shape), generator=generator))
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _disturb(norm: nn.Module, x: Tensor, generator: torch.Generator) -> None:
+    mean, variance = norm.running_mean, norm.running_var
+    assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
+    assert isinstance(norm.weight, Tensor) and isinstance(norm.bias, Tensor)
+    channels = variance.shape.numel()
+    normal = torch.randn((2, channels), generator=generator)
+    uniform = torch.rand((2, channels), generator=generator)
+    flat = x.movedim(1, 0).flatten(1)
+    few = flat.shape[1] < FEATURES  # then the channels together say more than each of them
+    mu = flat.mean().expand(channels) if few else flat.mean(1)
+    spread = (flat.var(correction=0).expand(channels) if few else flat.var(1, correction=0)).clamp(SMALLEST_VARIANCE)
+    values = (
+        (mean, mu + spread.sqrt() * normal[0] / 4),
+        (variance, spread * (0.5 + uniform[0])),
+        (norm.weight, 0.5 + uniform[1] / 2),
+        (norm.bias, normal[1] / 4),
+    )
+    for target, value in values:
+        # Sums depend on the number of threads in their last bits; eight bits of mantissa do not.
+        target.copy_(value.to(torch.bfloat16).reshape(target.shape))

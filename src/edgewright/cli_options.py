@@ -1,0 +1,215 @@
+"""The options that several commands share, and what they mean to the library."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edgewright.runtime.errors import DataError
+
+if TYPE_CHECKING:
+    from edgewright.export.resolve import ModelRequest
+    from edgewright.pipeline import Options
+
+__all__ = ["DEFAULT_MODEL", "as_request", "json_option", "pipeline_options", "run_options", "source_options"]
+
+DEFAULT_MODEL = "mobilenet_effnet_b0"
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Any], Any]
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+
+def _numbers(kind: type[int] | type[float], counts: Sequence[int]) -> Callable[..., Any]:
+    """A callback that reads numbers with commas between them, as many as one of `counts`."""
+
+    def parse(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[Any, ...] | None:
+        if value is None:
+            return None
+        try:
+            numbers = tuple(kind(word) for word in value.split(","))
+        except ValueError:
+            numbers = ()
+        if len(numbers) not in counts:
+            allowed = " or ".join(map(str, counts))
+            raise click.BadParameter(f"{value!r} is not {allowed} numbers with commas between them")
+        if kind is int and min(numbers) < 1:
+            raise click.BadParameter(f"{value!r}: a size is at least 1")
+        return numbers
+
+    return parse
+
+
+def _keywords(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is JSON where it reads as JSON, else the text itself."""
+    keywords: dict[str, Any] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise click.BadParameter(f"{text!r} is not NAME=VALUE")
+        try:
+            keywords[name] = json.loads(value)
+        except ValueError:
+            keywords[name] = value
+    return keywords
+
+
+def _batch_sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
+    """Three batch sizes, such as 1,8,32, or one for all three."""
+    words = [word.strip() for word in value.split(",")]
+    if len(words) not in (1, 3) or not all(word.isdigit() for word in words):
+        raise click.BadParameter(f"{value!r} is neither one batch size nor three")
+    smallest, usual, largest = [int(word) for word in words] * (3 // len(words))
+    return smallest, usual, largest
+
+
+SOURCE_OPTIONS: tuple[Decorator, ...] = (
+    click.argument("model", default=DEFAULT_MODEL),
+    click.option("--weights", default="default", help="default, random, a .safetensors or .pth file, or a name."),
+    click.option(
+        "--option", "model_options", multiple=True, callback=_keywords, metavar="NAME=VALUE",
+        help="A keyword argument of the network's builder; may be repeated.",
+    ),
+    click.option("--input-shape", callback=_numbers(int, (3,)), metavar="C,H,W", help="Of one preprocessed image."),
+    click.option("--mean", callback=_numbers(float, (1, 3)), metavar="R,G,B", help="Of the pixels, which are 0 to 1."),
+    click.option("--std", callback=_numbers(float, (1, 3)), metavar="R,G,B", help="Standard deviation, likewise."),
+    click.option("--resize", callback=_numbers(int, (1, 2)), metavar="SIDE|H,W", help="Shorter side, or both."),
+    click.option("--crop", callback=_numbers(int, (1, 2)), metavar="SIDE|H,W", help="Centre crop, in pixels."),
+    click.option(
+        "--interpolation", type=click.Choice(["nearest", "bilinear", "bicubic", "lanczos"]), help="Of the resize."
+    ),
+    click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="A class name per line, in order."),
+)  # fmt: skip
+
+ENGINE_OPTIONS: tuple[Decorator, ...] = (
+    click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated."),
+    click.option("--precision", "precisions", multiple=True, help="Only this precision; may be repeated."),
+    click.option(
+        "--target", default="sm86,sm89,sm120", show_default=True, help="GPU architectures to build ahead of time for."
+    ),
+    click.option(
+        "--remainder",
+        type=click.Choice(["fp16", "fp32"]),
+        default="fp16",
+        show_default=True,
+        help="What the layers of an INT8 engine that are not INT8 run in on a GPU.",
+    ),
+    click.option(
+        "--batch",
+        callback=_batch_sizes,
+        default="1,8,32",
+        show_default=True,
+        help="GPU: smallest, usual and largest batch, or one size.",
+    ),
+    click.option("--workspace", type=click.IntRange(1), metavar="MIB", help="GPU: the most scratch memory of a layer."),
+    click.option("--dla", type=click.IntRange(0), metavar="CORE", help="Jetson: run on this DLA core."),
+)
+
+GRAPH_OPTIONS: tuple[Decorator, ...] = (
+    click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build"), show_default=True),
+    click.option("--opset", type=int, default=19, show_default=True, help="ONNX opset, 18 to 20."),
+)
+
+RUN_OPTIONS: tuple[Decorator, ...] = (
+    click.option("--calibration", type=click.Path(path_type=Path), help="Folder of calibration images."),
+    click.option("--evaluation", type=click.Path(path_type=Path), help="Folder of evaluation images."),
+    click.option("--allow-overlap", is_flag=True, help="Accept the same image in both folders."),
+    click.option(
+        "--method",
+        type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
+        default="mse",
+        show_default=True,
+        help="How activation ranges are chosen.",
+    ),
+    click.option(
+        "--max-drop",
+        type=click.FloatRange(0.0, 100.0),
+        default=0.5,
+        show_default=True,
+        help="Budget: the largest loss of top-1, in points.",
+    ),
+    click.option("--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."),
+)
+
+
+def source_options(command: Command) -> Command:
+    """The options that say which network, and where its graph is made."""
+    return _decorated(command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, json_option))
+
+
+def run_options(command: Command) -> Command:
+    """The options of every command that runs stages."""
+    return _decorated(command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, *RUN_OPTIONS, *ENGINE_OPTIONS, json_option))
+
+
+def _decorated(command: Command, decorators: Sequence[Decorator]) -> Command:
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def as_request(
+    model: str,
+    weights: str,
+    model_options: dict[str, Any],
+    input_shape: tuple[int, int, int] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    resize: tuple[int, ...] | None,
+    crop: tuple[int, ...] | None,
+    interpolation: str | None,
+    labels: Path | None,
+) -> ModelRequest:
+    """What `SOURCE_OPTIONS` say. Raises `DataError` if the labels cannot be read."""
+    from edgewright.export.completion import Completion
+    from edgewright.export.resolve import ModelRequest
+
+    completion = Completion(
+        input_shape=input_shape,
+        mean=mean,
+        std=std,
+        resize=None if resize is None else resize[0] if len(resize) == 1 else (resize[0], resize[1]),
+        crop=None if crop is None else (crop[0], crop[-1]),
+        interpolation=interpolation,
+        labels=None if labels is None else _label_lines(labels),
+    )
+    return ModelRequest(model, weights, model_options, completion)
+
+
+def _label_lines(file: Path) -> tuple[str, ...]:
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"the labels {file} cannot be read ({error})", "give a text file, a class name per line"
+        ) from None
+    labels = tuple(line.strip() for line in lines if line.strip())
+    if not labels:
+        raise DataError(f"the labels {file} are empty", "write a class name per line, in the order of the outputs")
+    return labels
+
+
+def pipeline_options(
+    max_drop: float, target: str, batch: tuple[int, int, int], workspace: int | None, **arguments: Any
+) -> Options:
+    """What `run_options` say."""
+    from edgewright.pipeline import Options
+    from edgewright.runtime.specs import BatchProfile
+
+    request = as_request(**{name: arguments.pop(name) for name in inspect.signature(as_request).parameters})
+    return Options(
+        request.model,
+        request.weights,
+        model_options=request.options,
+        completion=request.completion,
+        budget=max_drop / 100,
+        targets=tuple(dict.fromkeys(word.strip() for word in target.split(",") if word.strip())),
+        profile=BatchProfile(*batch),
+        workspace=None if workspace is None else workspace << 20,
+        **arguments,
+    )
