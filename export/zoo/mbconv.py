@@ -1,68 +1,64 @@
-"""The MBConv family: EfficientNet-B0 and EfficientNet-Lite0.
+"""The MBConv family: EfficientNet-B0 … B7 and EfficientNet-Lite0 … Lite2.
 
 An MBConv block (Sandler et al. 2018, MobileNetV2; Tan & Le 2019, EfficientNet) is an inverted residual:
 
     x ── 1×1 expand ── k×k depthwise ── [squeeze-and-excitation] ── 1×1 project ──(+ x, when shapes allow)
 
-B0 uses SiLU and squeeze-and-excitation; Lite0 drops the excitation and uses ReLU6, which is what makes it easy to
-quantize. Module names follow torchvision's `efficientnet_b0`, so that its state dicts load unchanged.
+B0 … B7 use SiLU and squeeze-and-excitation; the Lites drop the excitation and use ReLU6, which is what makes them easy
+to quantize. How many layers and channels they have is said in `compound_scaling`. Module names follow torchvision's
+`efficientnet_b0` … `efficientnet_b7`, so that their state dicts load unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgewright.export.zoo.compound_scaling import BASELINE, EFFICIENTNETS, LITES, Layout, Stage, Variant
+
 __all__ = [
-    "STAGES",
     "EfficientNet",
     "MBConv",
     "SqueezeExcitation",
-    "Stage",
+    "efficientnet_b0",
+    "efficientnet_b1",
+    "efficientnet_b2",
+    "efficientnet_b3",
+    "efficientnet_b4",
+    "efficientnet_b5",
+    "efficientnet_b6",
+    "efficientnet_b7",
     "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
     "mobilenet_effnet_b0",
 ]
 
-LITE_BN_EPSILON = 1e-3  # TensorFlow's EfficientNet default, kept by the released Lite0 weights
-TORCH_BN_EPSILON = 1e-5  # torch.nn.BatchNorm2d default, used by torchvision's efficientnet_b0
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One row of Table 1 in Tan & Le 2019: `layers` blocks, the first of which has `stride`."""
-
-    expand_ratio: int
-    kernel_size: int
-    stride: int
-    out_channels: int
-    layers: int
+LITE_BN_EPSILON = 1e-3  # TensorFlow's EfficientNet default, kept by the released weights of the Lites
+TORCH_BN_EPSILON = 1e-5  # torch.nn.BatchNorm2d default, used by torchvision's efficientnet_b0 … b4
 
 
 @dataclass(frozen=True)
 class Flavour:
-    """What distinguishes the members of the family that share `STAGES`."""
+    """What distinguishes members of the family beside their layout."""
 
     squeeze: bool
     activation: Callable[[], nn.Module]
     epsilon: float
     same_padding: bool
+    momentum: float = 0.1  # of batch normalization in training; torch.nn.BatchNorm2d default
 
 
-STEM_CHANNELS = 32
-HEAD_CHANNELS = 1280
-STAGES = (  # EfficientNet-B0; Lite0 shares it
-    Stage(1, 3, 1, 16, 1),
-    Stage(6, 3, 2, 24, 2),
-    Stage(6, 5, 2, 40, 2),
-    Stage(6, 3, 2, 80, 3),
-    Stage(6, 5, 1, 112, 3),
-    Stage(6, 5, 2, 192, 4),
-    Stage(6, 3, 1, 320, 1),
-)
+def _relu6() -> nn.Module:
+    return nn.ReLU6(inplace=True)
+
+
+def _silu() -> nn.Module:
+    return nn.SiLU(inplace=True)
 
 
 class Conv2dSame(nn.Conv2d):
@@ -100,7 +96,7 @@ class ConvNormAct(nn.Sequential):
         padding = kernel_size // 2
         layers: list[nn.Module] = [
             convolution(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False),
-            nn.BatchNorm2d(out_channels, eps=flavour.epsilon),
+            nn.BatchNorm2d(out_channels, eps=flavour.epsilon, momentum=flavour.momentum),
         ]
         if activation is not None:
             layers.append(activation())
@@ -108,14 +104,17 @@ class ConvNormAct(nn.Sequential):
 
 
 class SqueezeExcitation(nn.Module):
-    """Channel gate (Hu et al. 2018): x · sigmoid(fc2(silu(fc1(mean(x))))), the mean over height and width."""
+    """Channel gate (Hu et al. 2018): x · sigmoid(fc2(silu(fc1(mean(x))))), the mean over height and width.
 
-    def __init__(self, channels: int, squeeze_channels: int) -> None:
+    Hu et al. have ReLU for SiLU: give `activation`.
+    """
+
+    def __init__(self, channels: int, squeeze_channels: int, *, activation: Callable[[], nn.Module] = _silu) -> None:
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc1 = nn.Conv2d(channels, squeeze_channels, 1)
         self.fc2 = nn.Conv2d(squeeze_channels, channels, 1)
-        self.activation = nn.SiLU(inplace=True)
+        self.activation = activation()
         self.scale_activation = nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,17 +188,18 @@ class EfficientNet(nn.Module):
         classes: int,
         *,
         flavour: Flavour,
+        layout: Layout = BASELINE,
         dropout: float = 0.2,
         stochastic_depth: float = 0.2,
     ) -> None:
         super().__init__()
-        total = sum(stage.layers for stage in STAGES)
+        total = sum(stage.layers for stage in layout.stages)
+        channels = layout.stem_channels
         features: list[nn.Module] = [
-            ConvNormAct(3, STEM_CHANNELS, 3, stride=2, flavour=flavour, activation=flavour.activation)
+            ConvNormAct(3, channels, 3, stride=2, flavour=flavour, activation=flavour.activation)
         ]
-        channels = STEM_CHANNELS
         block_index = 0
-        for stage in STAGES:
+        for stage in layout.stages:
             blocks: list[nn.Module] = []
             for layer in range(stage.layers):
                 blocks.append(
@@ -214,10 +214,10 @@ class EfficientNet(nn.Module):
                 channels = stage.out_channels
                 block_index += 1
             features.append(nn.Sequential(*blocks))
-        features.append(ConvNormAct(channels, HEAD_CHANNELS, 1, flavour=flavour, activation=flavour.activation))
+        features.append(ConvNormAct(channels, layout.head_channels, 1, flavour=flavour, activation=flavour.activation))
         self.features = nn.Sequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(HEAD_CHANNELS, classes))
+        self.classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(layout.head_channels, classes))
         self._initialize()
 
     def _initialize(self) -> None:
@@ -238,15 +238,8 @@ class EfficientNet(nn.Module):
         return logits
 
 
-def _relu6() -> nn.Module:
-    return nn.ReLU6(inplace=True)
-
-
-def _silu() -> nn.Module:
-    return nn.SiLU(inplace=True)
-
-
 B0 = Flavour(squeeze=True, activation=_silu, epsilon=TORCH_BN_EPSILON, same_padding=False)
+B5 = replace(B0, epsilon=1e-3, momentum=0.01)  # TensorFlow's values, which torchvision keeps for B5, B6 and B7
 LITE0 = Flavour(squeeze=False, activation=_relu6, epsilon=LITE_BN_EPSILON, same_padding=True)
 
 
@@ -255,6 +248,60 @@ def mobilenet_effnet_b0(classes: int = 10) -> EfficientNet:
     return EfficientNet(classes, flavour=B0)
 
 
+def efficientnet_b0(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-B0: 16 blocks, made for 224×224 images."""
+    return _variant(EFFICIENTNETS["efficientnet_b0"], B0, classes)
+
+
+def efficientnet_b1(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-B1: 23 blocks, made for 240×240 images."""
+    return _variant(EFFICIENTNETS["efficientnet_b1"], B0, classes)
+
+
+def efficientnet_b2(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-B2: 23 blocks, made for 260×260 images."""
+    return _variant(EFFICIENTNETS["efficientnet_b2"], B0, classes)
+
+
+def efficientnet_b3(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-B3: 26 blocks, made for 300×300 images."""
+    return _variant(EFFICIENTNETS["efficientnet_b3"], B0, classes)
+
+
+def efficientnet_b4(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-B4: 32 blocks, made for 380×380 images."""
+    return _variant(EFFICIENTNETS["efficientnet_b4"], B0, classes)
+
+
+def efficientnet_b5(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-B5: 39 blocks, made for 456×456 images."""
+    return _variant(EFFICIENTNETS["efficientnet_b5"], B5, classes)
+
+
+def efficientnet_b6(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-B6: 45 blocks, made for 528×528 images."""
+    return _variant(EFFICIENTNETS["efficientnet_b6"], B5, classes)
+
+
+def efficientnet_b7(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-B7: 55 blocks, made for 600×600 images."""
+    return _variant(EFFICIENTNETS["efficientnet_b7"], B5, classes)
+
+
 def efficientnet_lite0(classes: int = 1000) -> EfficientNet:
     """EfficientNet-Lite0: B0 without squeeze-and-excitation, ReLU6 instead of SiLU, nothing scaled."""
-    return EfficientNet(classes, flavour=LITE0)
+    return _variant(LITES["efficientnet_lite0"], LITE0, classes)
+
+
+def efficientnet_lite1(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-Lite1: deeper than Lite0, made for 240×240 images."""
+    return _variant(LITES["efficientnet_lite1"], LITE0, classes)
+
+
+def efficientnet_lite2(classes: int = 1000) -> EfficientNet:
+    """EfficientNet-Lite2: deeper and wider than Lite0, made for 260×260 images."""
+    return _variant(LITES["efficientnet_lite2"], LITE0, classes)
+
+
+def _variant(variant: Variant, flavour: Flavour, classes: int) -> EfficientNet:
+    return EfficientNet(classes, flavour=flavour, layout=variant.layout, dropout=variant.dropout)

