@@ -21,7 +21,6 @@ The tensor that BatchNormalization yielded keeps its name and its values; the on
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -29,6 +28,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgewright.optimize.edits import add_constant, constant_tensor, label, remove_if_unused, take_over, value_names
 from edgewright.optimize.passes import PassResult, Skip
 from edgewright.runtime.errors import QuantizationError
 
@@ -62,20 +62,18 @@ def fold_batchnorm(model: ir.Model) -> PassResult:
     """
     folded = model.clone()
     nodes = [*folded.graph.all_nodes(), *(node for f in folded.functions.values() for node in f.all_nodes())]
-    names = {output.name for node in nodes for output in node.outputs}
-    for graph in folded.graphs():
-        names.update(value.name for value in (*graph.inputs, *graph.initializers.values()))
+    names = value_names(folded)
     changed = 0
     skipped: list[Skip] = []
     for node in nodes:
         if node.domain == "" and node.op_type in OF_THE_IMAGE:
-            skipped.append(Skip(_label(node), f"{node.op_type} depends on the image, not a constant affine map"))
+            skipped.append(Skip(label(node), f"{node.op_type} depends on the image, not a constant affine map"))
         elif node.domain == "" and node.op_type == "BatchNormalization":
             try:
                 _fold(node, folded.graph, names)
                 changed += 1
             except _NotFoldableError as reason:
-                skipped.append(Skip(_label(node), str(reason)))
+                skipped.append(Skip(label(node), str(reason)))
     return PassResult(folded, changed, tuple(skipped))
 
 
@@ -97,11 +95,15 @@ def _fold(norm: ir.Node, graph: ir.Graph, names: set[str | None]) -> None:
     # Nothing declines from here on.
     if biased is None:
         biased = _insert_add(linear, norm)
-    _set_constant(linear, 1, new_weight, f"{_label(linear)}_weight_folded", names)
-    _set_constant(biased, bias_index, new_bias, f"{_label(biased)}_bias_folded", names)
+    _set_constant(linear, 1, new_weight, f"{label(linear)}_weight_folded", names)
+    _set_constant(biased, bias_index, new_bias, f"{label(biased)}_bias_folded", names)
     if linear.op_type == "Gemm":
         linear.attributes.add(ir.AttrFloat32("beta", 1.0))  # the old one is inside the bias now
-    _bypass(norm, biased.outputs[0])
+    constants = norm.inputs[1:]
+    take_over(biased.outputs[0], norm.outputs[0])
+    graph.remove(norm, safe=True)
+    for constant in constants:
+        remove_if_unused(constant)
 
 
 def _affine(norm: ir.Node) -> tuple[Float64, Float64]:
@@ -119,7 +121,7 @@ def _affine(norm: ir.Node) -> tuple[Float64, Float64]:
     # Negated, so that a NaN is caught as well.
     if not (np.all(shifted > 0) and all(np.isfinite(array).all() for array in (gamma, beta, mean, variance))):
         raise QuantizationError(
-            f"{_label(norm)} has broken statistics: all must be finite and variance + epsilon positive",
+            f"{label(norm)} has broken statistics: all must be finite and variance + epsilon positive",
             "check the checkpoint; the training may have diverged",
         )
     scale = gamma / np.sqrt(shifted)
@@ -171,7 +173,7 @@ def _weight(linear: ir.Node) -> Float64:
         raise _NotFoldableError(f"weight {value.name} has shape {array.shape}, not two axes")
     others = [user for user in value.consumers() if user is not linear]
     if others:
-        raise _NotFoldableError(f"weight {value.name} is shared with {_label(others[0])}")
+        raise _NotFoldableError(f"weight {value.name} is shared with {label(others[0])}")
     return array.astype(np.float64)
 
 
@@ -191,23 +193,16 @@ def _bias(node: ir.Node, index: int, channels: int) -> Float64:
         return np.zeros(channels)
     bias = _constant(node, index, "bias").astype(np.float64)
     if bias.ndim > 2 or bias.size not in (1, channels) or (bias.ndim == 2 and bias.shape[0] != 1):
-        raise _NotFoldableError(f"bias of {_label(node)} has shape {bias.shape}, not one number per channel")
+        raise _NotFoldableError(f"bias of {label(node)} has shape {bias.shape}, not one number per channel")
     beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
     return np.broadcast_to(bias.reshape(-1) * beta, (channels,))
 
 
 def _constant(node: ir.Node, index: int, role: str) -> NDArray[Any]:
     """The input at `index`, if it is an initializer that callers cannot override or comes from a Constant node."""
-    value = node.inputs[index]
-    tensor = None
-    if value is not None and not value.is_graph_input():
-        producer = value.producer()
-        if producer is None:
-            tensor = value.const_value
-        elif producer.op_type == "Constant" and "value" in producer.attributes:
-            tensor = producer.attributes.get_tensor("value")
+    tensor = constant_tensor(node.inputs[index])
     if tensor is None:
-        raise _NotFoldableError(f"{role} of {_label(node)} is not constant")
+        raise _NotFoldableError(f"{role} of {label(node)} is not constant")
     return tensor.numpy()
 
 
@@ -217,7 +212,7 @@ def _float32(array: Float64, norm: ir.Node) -> NDArray[np.float32]:
         rounded = array.astype(np.float32)
     if not np.isfinite(rounded).all():
         raise QuantizationError(
-            f"folding {_label(norm)} yields weights that are not finite in float32", "check the checkpoint"
+            f"folding {label(norm)} yields weights that are not finite in float32", "check the checkpoint"
         )
     return rounded
 
@@ -232,47 +227,15 @@ def _insert_add(matmul: ir.Node, norm: ir.Node) -> ir.Node:
 
 
 def _set_constant(node: ir.Node, index: int, array: NDArray[np.float32], name: str, names: set[str | None]) -> None:
-    """Makes `array` the input at `index`: a new initializer called `name` or, where that is taken, name_1, name_2, …"""
+    """Makes `array` the input at `index`: a new initializer called `name` or like it; see `add_constant`."""
     assert node.graph is not None
-    candidates = itertools.chain((name,), (f"{name}_{number}" for number in itertools.count(1)))
-    unique = next(candidate for candidate in candidates if candidate not in names)
-    names.add(unique)
-    value = ir.val(unique, const_value=ir.tensor(array, name=unique))
-    node.graph.initializers.add(value)
+    value = add_constant(node.graph, array, name, names)
     node.resize_inputs(max(len(node.inputs), index + 1))
     old = node.inputs[index]
     node.replace_input_with(index, value)
-    _remove_if_unused(old)
-
-
-def _bypass(norm: ir.Node, replacement: ir.Value) -> None:
-    """Removes `norm`; `replacement` takes over its output's users, name, type and shape."""
-    assert norm.graph is not None
-    output, constants = norm.outputs[0], norm.inputs[1:]
-    output.replace_all_uses_with(replacement, replace_graph_outputs=True)
-    norm.graph.remove(norm, safe=True)
-    replacement.name, replacement.type = output.name, output.type or replacement.type
-    replacement.shape = output.shape or replacement.shape
-    for constant in constants:
-        _remove_if_unused(constant)
-
-
-def _remove_if_unused(constant: ir.Value | None) -> None:
-    """Removes an initializer or a Constant node that has lost its last user; never a graph input or output."""
-    if constant is None or constant.uses() or constant.is_graph_input() or constant.is_graph_output():
-        return
-    producer = constant.producer()
-    if constant.is_initializer() and constant.graph is not None:
-        del constant.graph.initializers[constant.name or ""]
-    elif producer is not None and producer.graph is not None:
-        producer.graph.remove(producer, safe=True)
+    remove_if_unused(old)
 
 
 def _rank(value: ir.Value | None) -> int | None:
     """Number of axes, if the graph says it."""
     return value.shape.rank() if value is not None and value.shape is not None else None
-
-
-def _label(node: ir.Node) -> str:
-    """The node's name; where it has none, the name of its first output."""
-    return node.name or node.outputs[0].name or node.op_type

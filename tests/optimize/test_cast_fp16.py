@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgewright.calibration.collect import collect
 from edgewright.calibration.ranges import Range
-from edgewright.export.models import resolve
+from edgewright.export.resolve import resolve
 from edgewright.export.to_onnx import export_onnx
 from edgewright.optimize.cast_fp16 import CastResult, cast_fp16
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
@@ -512,11 +512,10 @@ def test_counter_of_casts_can_be_beaten() -> None:
 
 def test_tiny_network(tiny_models: None) -> None:
     source = resolve("tiny")
-    shape = source.preprocess.input_shape
-    assert shape is not None
-    exported = export_onnx(source.build(), shape)
+    assert source.input_shape is not None
+    exported = export_onnx(source.module(), source.input_shape)
     model = fold_batchnorm(ir.from_proto(onnx.load_from_string(exported))).model
-    x = normal("images", 16, *shape)
+    x = normal("images", 16, *source.input_shape)
     result = cast(model, collect(model, [x], identity={}).ranges("minmax"))
     assert result.casts == 2
     assert {d.precision for d in result.decisions} == {"fp16"}

@@ -6,6 +6,7 @@ Runtime on the graph before folding and, for the formulas themselves, PyTorch in
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -676,3 +677,50 @@ def check_mutant(model: ir.Model) -> None:
     """At the default tolerance: a real mistake must not need a tight one to be seen."""
     after = fold_batchnorm(model).model
     check_equivalent(ir.to_proto(model), ir.to_proto(after), feeds=feeds_of(model))
+
+
+# The work of the pass
+
+
+def blocks(count: int) -> ir.Model:
+    """`count` convolutions, each with its batch normalization and ReLU."""
+    arrays: dict[str, Array] = {}
+    nodes = []
+    for index in range(count):
+        arrays |= {f"w{index}": normal("w", 3, 3, 1, 1), **statistics(3, str(index))}
+        parameters = [f"{name}{index}" for name in ("gamma", "beta", "mean", "variance")]
+        nodes += [
+            onnx.helper.make_node("Conv", [f"r{index}", f"w{index}"], [f"c{index}"]),
+            onnx.helper.make_node("BatchNormalization", [f"c{index}", *parameters], [f"n{index}"]),
+            onnx.helper.make_node("Relu", [f"n{index}"], [f"r{index + 1}"]),
+        ]
+    shape: list[str | int | None] = ["N", 3, 4, 4]
+    inputs, outputs = (
+        [onnx.helper.make_tensor_value_info(f"r{index}", onnx.TensorProto.FLOAT, shape)] for index in (0, count)
+    )
+    constants = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    return ir.from_proto(onnx.helper.make_model(onnx.helper.make_graph(nodes, "blocks", inputs, outputs, constants)))
+
+
+def calls_to_fold(model: ir.Model, count: int) -> int:
+    """Python and C functions that are called; unlike seconds, the same on every run."""
+    calls = 0
+
+    def counted(frame: object, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        result = fold_batchnorm(model)
+    finally:
+        sys.setprofile(None)
+    assert result.changed == count
+    return calls
+
+
+def test_the_work_is_linear_in_the_number_of_nodes() -> None:
+    """A quadratic step would be a hundredfold of calls for a tenfold graph."""
+    calls = {count: calls_to_fold(blocks(count), count) for count in (10, 100, 1000)}
+    assert calls[100] / calls[10] <= 10.5
+    assert calls[1000] / calls[100] <= 10.5

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgewright.calibration.collect import collect
 from edgewright.calibration.ranges import Range
-from edgewright.export.models import resolve
+from edgewright.export.resolve import resolve
 from edgewright.export.to_onnx import export_onnx
 from edgewright.optimize.cast_fp16 import cast_fp16
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
@@ -409,12 +409,11 @@ def test_other_integers_stay(body: str, zero_point: Any) -> None:
 
 def test_tiny_network(tiny_models: None) -> None:
     source = resolve("tiny")
-    shape = source.preprocess.input_shape
-    assert shape is not None
-    exported = export_onnx(source.build(), shape)
+    assert source.input_shape is not None
+    exported = export_onnx(source.module(), source.input_shape)
     model = fold_batchnorm(ir.from_proto(onnx.load_from_string(exported))).model
     model.graph.inputs[0].name = "x"
-    x = normal("images", 64, *shape)
+    x = normal("images", 64, *source.input_shape)
     half_model = cast_fp16(model, collect(model, [x], identity={}).ranges("minmax")).model
     (logits,), (expected,) = run(simulated(half_model), x), run(model, x)
     error = float(((logits - expected) ** 2).sum() / (expected**2).sum())
