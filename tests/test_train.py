@@ -1,178 +1,287 @@
-"""Training: a tiny network learns a separable toy set; a stopped run goes on to the very same weights."""
+"""Training a network of the registry: the checkpoint says what it is for, and is the same however often it is made."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from torch import nn
+from rich.console import Console
+from safetensors import safe_open
+from torch import Tensor
 
-from edgewright.export.zoo.mbconv import StochasticDepth, mobilenet_effnet_b0
-from edgewright.runtime.errors import DataError, ModelError
-from edgewright.runtime.preprocess import Preprocess
-from edgewright.train import (
-    Phase,
-    Recipe,
-    _set_stochastic_depth,
-    augmented,
-    normalized,
-    resized,
-    train,
-    train_checkpoint,
-)
+from command import Command
+from edgewright import train
+from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
+from edgewright.console import _DelayedBar
+from edgewright.curve import CurveRow
+from edgewright.export.models import FASHION_MNIST_LABELS, MODELS
+from edgewright.export.weights import load_into, read_checkpoint
+from edgewright.recipes import recipe_of, trainable
+from edgewright.runtime.errors import DataError, DeviceError, EdgewrightError, ModelError, WorkspaceError
+from edgewright.train import Training, train_checkpoint
 
-PREPROCESS = Preprocess((8, 8), None, (0.5,) * 3, (0.25,) * 3)
-RECIPE = Recipe(phases=(Phase(4, 1), Phase(8, 2)), batch_size=16, peak_learning_rate=1e-2)
-
-
-def toy_set(count: int = 96) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Bright upper half is class 0, bright lower half class 1."""
-    rng = np.random.default_rng(3)
-    labels = np.arange(count) % 2
-    images = rng.integers(0, 60, (count, 8, 8), dtype=np.uint8)
-    for image, label in zip(images, labels, strict=True):
-        image[4 * label : 4 * label + 4] += 150
-    return images, labels.astype(np.int64)
-
-
-def toy_net() -> nn.Module:
-    torch.manual_seed(5)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(32, 2),
-    )
+SEEN = fashion_mnist_calibration().subset(np.arange(256))
+TESTED = fashion_mnist_test().subset(np.arange(150))
+RECIPE = recipe_of("lenet_bn", epochs=3, batch_size=32)
 
 
 class StopError(Exception):
     pass
 
 
-def test_a_toy_set_is_learned_and_the_result_is_in_evaluation_mode() -> None:
-    images, labels = toy_set()
-    model = train(toy_net(), PREPROCESS, images, labels, recipe=replace(RECIPE, phases=(Phase(8, 25),), ema_decay=0.9))
-    assert not model.training
+def use_few_images(patch: pytest.MonkeyPatch) -> None:
+    """256 training and 150 test images instead of all."""
+    split = np.stack([np.asarray(image) for image in SEEN]), SEEN.labels
+    patch.setattr(train, "fashion_mnist_training", lambda folder: split)
+    patch.setattr(train, "fashion_mnist_test", lambda: TESTED)
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_few_images(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A finished training of `lenet_bn`; not to be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        use_few_images(patch)
+        return train_checkpoint("lenet_bn", tmp_path_factory.mktemp("made") / "net.safetensors", recipe=RECIPE)
+
+
+def state_of(path: Path) -> dict[str, Tensor]:
+    return read_checkpoint(path).state
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    ours, theirs = state_of(one), state_of(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def facts_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata())
+
+
+def without_seconds(rows: Sequence[CurveRow]) -> list[CurveRow]:
+    return [replace(row, seconds=0.0) for row in rows]
+
+
+# What is written
+
+
+def test_the_accuracy_is_that_of_the_float16_values_through_the_preprocessing_of_the_runtime(made: Training) -> None:
+    with safe_open(made.checkpoint, "pt") as file:
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float16}  # noqa: SIM118
+    checkpoint = read_checkpoint(made.checkpoint)
+    model = MODELS["lenet_bn"].build(10).eval()
+    load_into(model, checkpoint.state, "it")
+    assert checkpoint.preprocess is not None
     with torch.inference_mode():
-        predicted = model(normalized(torch.from_numpy(images), PREPROCESS)).argmax(1).numpy()
-    assert (predicted == labels).mean() > 0.95
+        predicted = model(torch.from_numpy(checkpoint.preprocess.batch(TESTED))).argmax(1).numpy()
+    assert made.top1 == (predicted == TESTED.labels).mean()
+    assert made.top1 > 0.4
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
-    images, labels = toy_set()
-    whole = train(toy_net(), PREPROCESS, images, labels, recipe=RECIPE)
-    state_file = tmp_path / "state.pt"
+def test_the_checkpoint_describes_itself(made: Training) -> None:
+    checkpoint, facts = read_checkpoint(made.checkpoint), facts_of(made.checkpoint)
+    assert checkpoint.preprocess == MODELS["lenet_bn"].task.preprocess
+    assert checkpoint.labels == FASHION_MNIST_LABELS
+    assert json.loads(facts["recipe"])["batch_size"] == 32
+    assert facts["start"] == made.start == "fresh weights"
 
-    def stop_in_second_epoch(done: int, total: int, text: str) -> None:
-        if "epoch 2" in text:
+
+def test_the_curve_is_in_the_files_beside_it(made: Training) -> None:
+    rows = list(csv.DictReader(made.curve_csv.read_text().splitlines()))
+    assert [float(row["test_top1"]) for row in rows] == [row.test_top1 for row in made.curve]
+    assert [int(row["images"]) for row in rows] == [256, 512, 768]
+    assert made.seconds == made.curve[-1].seconds > 0
+    assert f"lenet_bn, Fashion-MNIST at 28×28: {100 * made.curve[-1].test_top1:.2f} %" in made.curve_svg.read_text()
+
+
+def test_the_same_seed_gives_the_same_values_and_another_does_not(made: Training, tmp_path: Path) -> None:
+    same = train_checkpoint("lenet_bn", tmp_path / "same.safetensors", recipe=RECIPE)
+    assert_same_state(same.checkpoint, made.checkpoint)
+    assert facts_of(same.checkpoint) == facts_of(made.checkpoint)
+    assert without_seconds(same.curve) == without_seconds(made.curve)
+    other = train_checkpoint("lenet_bn", tmp_path / "other.safetensors", recipe=replace(RECIPE, seed=1))
+    with pytest.raises(AssertionError):
+        assert_same_state(other.checkpoint, made.checkpoint)
+
+
+@pytest.mark.parametrize("stop_at", [9, 24])
+def test_an_interrupted_training_goes_on_to_the_same_checkpoint(made: Training, tmp_path: Path, stop_at: int) -> None:
+    """8 steps an epoch: stopped right after the first epoch, and in the very last step."""
+    path, state_file = tmp_path / "net.safetensors", tmp_path / "state.pt"
+
+    def stop(done: int, total: int, text: str) -> None:
+        assert total == 24
+        if done == stop_at:
             raise StopError
 
     with pytest.raises(StopError):
-        train(
-            toy_net(), PREPROCESS, images, labels, recipe=RECIPE, state_file=state_file, progress=stop_in_second_epoch
-        )
-    seen: list[str] = []
-    resumed = train(
-        toy_net(),
-        PREPROCESS,
-        images,
-        labels,
+        train_checkpoint("lenet_bn", path, recipe=RECIPE, state_file=state_file, progress=stop)
+    assert not path.exists()
+    assert len(path.with_suffix(".csv").read_text().splitlines()) == 1 + (stop_at - 1) // 8
+    seen: list[int] = []
+    resumed = train_checkpoint(
+        "lenet_bn",
+        path,
         recipe=RECIPE,
         state_file=state_file,
-        progress=lambda d, t, x: seen.append(x),
+        progress=lambda done, total, text: seen.append(done),
     )
-    assert not any("epoch 1" in text for text in seen)
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+    assert seen[0] == 8 * ((stop_at - 1) // 8) + 1
+    assert_same_state(resumed.checkpoint, made.checkpoint)
+    assert facts_of(path) == facts_of(made.checkpoint)
+    assert without_seconds(resumed.curve) == without_seconds(made.curve)
+    assert resumed.top1 == made.top1
+    assert not state_file.exists()
 
 
-def test_another_recipe_starts_again(tmp_path: Path) -> None:
-    images, labels = toy_set()
-    state_file = tmp_path / "state.pt"
-    train(toy_net(), PREPROCESS, images, labels, recipe=RECIPE, state_file=state_file)
-    seen: list[str] = []
-    train(
-        toy_net(), PREPROCESS, images, labels, recipe=replace(RECIPE, seed=1), state_file=state_file,
-        progress=lambda done, total, text: seen.append(text),
+def test_another_size_becomes_part_of_the_preprocessing(tmp_path: Path) -> None:
+    recipe = recipe_of("fashion_densenet", epochs=1, batch_size=42)
+    training = train_checkpoint("fashion_densenet", tmp_path / "net.safetensors", recipe=recipe, size=32)
+    preprocess = read_checkpoint(training.checkpoint).preprocess
+    assert preprocess == MODELS["fashion_densenet"].task.preprocess.with_size(32)
+    assert preprocess.input_shape == (1, 32, 32)
+
+
+def test_a_checkpoint_with_other_classes_is_the_start(tmp_path: Path, made: Training) -> None:
+    given = tmp_path / "seven.pth"
+    torch.save(MODELS["lenet_bn"].build(7).state_dict(), given)
+    first = train_checkpoint("lenet_bn", tmp_path / "a.safetensors", recipe=RECIPE, start=str(given))
+    assert first.start.endswith("fresh since it has 7 classes")
+    again = train_checkpoint("lenet_bn", tmp_path / "b.safetensors", recipe=RECIPE, start=str(made.checkpoint))
+    assert again.start == str(made.checkpoint)
+    assert again.curve[0].loss < made.curve[0].loss  # it had learned something before
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"name": "efficientnet_lite0"}, ModelError, "no training recipe for efficientnet_lite0; train one of "),
+        ({"name": "lenett"}, ModelError, "unknown model 'lenett'.*lenet"),
+        ({"start": "lite0"}, ModelError, "lenet cannot start from lite0"),
+        ({"start": "nowhere.pth"}, ModelError, "no weights file nowhere.pth"),
+        ({"device": "tpu"}, DeviceError, "unknown device 'tpu'"),
+        ({"size": 0}, DataError, "size is 0 pixels"),
+        ({"size": 32}, ModelError, "cannot take images of 32×32 pixels"),
+        ({"path": Path("net.pth")}, WorkspaceError, r"net\.pth would be a safetensors file"),
+        ({"path": Path(__file__) / "net.safetensors"}, WorkspaceError, "cannot write .*test_train.py/net.csv"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_first_step(
+    tmp_path: Path, arguments: dict[str, Any], error: type[EdgewrightError], message: str
+) -> None:
+    given: dict[str, Any] = {"name": "lenet", "path": tmp_path / "net.safetensors", **arguments}
+    seen: list[int] = []
+    with pytest.raises(error, match=message):
+        train_checkpoint(**given, progress=lambda done, total, text: seen.append(done))
+    assert seen == []
+    assert not list(tmp_path.iterdir())
+
+
+# The command
+
+
+def test_the_command_trains_and_says_what_came_out(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "net.safetensors"
+    options = ("--epochs", 1, "--batch-size", 32, "--optimizer", "sgd", "--learning-rate", 0.1, "--weight-decay", 0)
+    others = ("--label-smoothing", 0.1, "--augment", "--seed", 3, "--threads", 1, "--from", "none")
+    done = command(
+        "train", "lenet", "--output", path, "--build-dir", tmp_path / "build", *options, *others, "--json"
     )  # fmt: skip
-    assert any("epoch 1" in text for text in seen)
+    assert done.code == 0, done.err
+    recipe = json.loads(facts_of(path)["recipe"])
+    assert recipe | {"optimizer": "sgd", "batch_size": 32, "peak_learning_rate": 0.1, "weight_decay": 0.0} == recipe
+    assert recipe | {"label_smoothing": 0.1, "augment": True, "seed": 3} == recipe
+    document = done.document
+    assert document.pop("seconds") > 0
+    assert 0 <= document.pop("top1") <= 1
+    assert document == {
+        "schema": "edgewright.train/1",
+        "model": "lenet",
+        "path": str(path),
+        "start": "fresh weights",
+        "epochs": 1,
+        "curve": {"csv": str(path.with_suffix(".csv")), "svg": str(path.with_suffix(".svg"))},
+    }
 
 
-@pytest.mark.parametrize("changed", ["images", "labels", "initial weights"])
-def test_another_training_starts_again(tmp_path: Path, changed: str) -> None:
-    images, labels = toy_set()
-    state_file = tmp_path / "state.pt"
-    train(toy_net(), PREPROCESS, images, labels, recipe=RECIPE, state_file=state_file)
-    net = toy_net()
-    if changed == "initial weights":
-        with torch.no_grad():
-            next(net.parameters()).add_(1.0)
-    seen: list[str] = []
-    train(
-        net,
-        PREPROCESS,
-        255 - images if changed == "images" else images,
-        1 - labels if changed == "labels" else labels,
-        recipe=RECIPE,
-        state_file=state_file,
-        progress=lambda done, total, text: seen.append(text),
+def test_without_options_the_recipe_and_the_place_are_the_usual_ones(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+
+    def instead(name: str, path: Path, **arguments: Any) -> Training:
+        given.update(arguments, name=name, path=path)
+        return Training(path, 0.5, "x", (CurveRow(1, 1, 1.0, 1.0, 1.0, 1.0, 1.0),), path, path)
+
+    monkeypatch.setattr(train, "train_checkpoint", instead)
+    done = command("train", "--build-dir", tmp_path)
+    assert done.code == 0, done.err
+    assert "top-1 50.00 % on the 10,000 test images" in done.out
+    assert given["recipe"] == recipe_of("mobilenet_effnet_b0")
+    assert given["path"] == tmp_path / "mobilenet_effnet_b0" / "trained.safetensors"
+    assert [given[word] for word in ("start", "size", "data", "device")] == [None, None, None, "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("lenet", "--learning-rate", 0), "learning rate is 0.0"),
+        (("lenet", "--label-smoothing", 1), "label smoothing is 1.0"),
+        (("efficientnet_lite0",), f"train one of {', '.join(trainable())}"),
+        (("lenet", "--from", "lite0"), "lenet cannot start from lite0"),
+        (("lenet", "--device", "cuda"), "no CUDA GPU here; train with --device cpu"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    command: Command, tmp_path: Path, options: Sequence[object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert message in command("train", *options, "--build-dir", tmp_path).error
+
+
+@pytest.mark.parametrize("options", [("--epochs", 0), ("--optimizer", "adam"), ("--batch-size", 0), ("--size", 0)])
+def test_the_command_refuses_values_out_of_range(command: Command, options: Sequence[object]) -> None:
+    done = command("train", "lenet", *options)
+    assert done.code == 2
+    assert f"Invalid value for '{options[0]}'" in done.err
+
+
+# What is seen meanwhile
+
+
+def test_the_bar_says_how_it_stands_and_fits_80_columns(tmp_path: Path) -> None:
+    texts: list[str] = []
+    train_checkpoint(
+        "lenet_bn",
+        tmp_path / "net.safetensors",
+        recipe=recipe_of("lenet_bn", epochs=2, batch_size=32),
+        progress=lambda done, total, text: texts.append(text),
     )
-    assert any("epoch 1" in text for text in seen)
-
-
-def test_a_damaged_state_file_is_named(tmp_path: Path) -> None:
-    images, labels = toy_set()
-    state_file = tmp_path / "state.pt"
-    state_file.write_bytes(b"no zip archive")
-    with pytest.raises(DataError, match=r"state\.pt cannot be loaded"):
-        train(toy_net(), PREPROCESS, images, labels, recipe=RECIPE, state_file=state_file)
-
-
-def test_too_few_images_and_a_diverging_loss_are_refused() -> None:
-    images, labels = toy_set()
-    with pytest.raises(DataError, match="fewer than one batch of 16"):
-        train(toy_net(), PREPROCESS, images[:9], labels[:9], recipe=RECIPE)
-    broken = toy_net()
-    with torch.no_grad():
-        next(broken.parameters()).fill_(float("nan"))
-    with pytest.raises(DataError, match="loss became nan"):
-        train(broken, PREPROCESS, images, labels, recipe=RECIPE)
-
-
-def test_only_networks_with_a_recipe_are_trained(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no training recipe for efficientnet_lite0"):
-        train_checkpoint("efficientnet_lite0", tmp_path / "x.safetensors")
-    with pytest.raises(ModelError, match="mobilenet_effnet_b0"):
-        train_checkpoint("mobilenet_efnet_b0", tmp_path / "x.safetensors")
-
-
-def test_training_sees_the_numbers_of_the_runtime() -> None:
-    """Training normalizes with torch, the runtime with numpy: equal to the last bit."""
-    images, _ = toy_set(4)
-    trained_on = normalized(torch.from_numpy(resized(images, PREPROCESS, 8)), PREPROCESS).numpy()
-    np.testing.assert_array_equal(trained_on, PREPROCESS.batch(list(images)))
-
-
-def test_augmentation_moves_each_image_by_at_most_the_margin_and_flips_it() -> None:
-    dots = torch.zeros((200, 16, 16), dtype=torch.uint8)
-    dots[:, 5, 8] = 255
-    moved = augmented(dots, 1 / 8, torch.Generator().manual_seed(0)).numpy()
-    rows, columns = np.nonzero(moved)[1:]
-    assert len(rows) == 200
-    assert set(rows) == set(range(3, 8))  # 5 ± 2
-    assert set(columns) == {*range(6, 11), *range(5, 10)}  # 8 ± 2, and its mirror image 7 ± 2
-
-
-def test_stochastic_depth_rises_with_depth() -> None:
-    model = mobilenet_effnet_b0()
-    _set_stochastic_depth(model, 0.05)
-    rates = [module.drop_probability for module in model.modules() if isinstance(module, StochasticDepth)]
-    assert rates[0] == 0.0
-    assert rates == sorted(rates)
-    assert rates[-1] == pytest.approx(0.05 * 15 / 16)
+    assert re.fullmatch(r"1/2 loss \d\.\d\d train \d+\.\d test – \d+k?/s", texts[0])
+    assert re.fullmatch(r"2/2 loss \d\.\d\d train \d+\.\d test \d+\.\d \d+k?/s", texts[-1])
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
+    bar = _DelayedBar(console, "train", len("train"))
+    bar.move(19, 20, "10/10 loss 0.43 train 99.9 test 99.9 9999/s")
+    bar.remove()
+    with console.capture() as capture:
+        console.print(bar._progress)
+    (line,) = capture.get().splitlines()
+    assert "10/10 loss 0.43 train 99.9 test 99.9 9999/s" in line

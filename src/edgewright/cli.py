@@ -13,100 +13,34 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgewright.cli_options import (
+    DEFAULT_MODEL,
+    graph_options,
+    json_option,
+    pipeline_options,
+    run_options,
+    source_options,
+)
 from edgewright.runtime.errors import EdgewrightError, EngineError, WorkspaceError
 
 if TYPE_CHECKING:
-    from edgewright.pipeline import Options, Pipeline
+    import onnx_ir as ir
+
+    from edgewright.pipeline import Pipeline
 
 __all__ = ["main"]
 
-DEFAULT_MODEL = "mobilenet_effnet_b0"
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="edgewright")
 def cli() -> None:
     """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
-
-
-def engine_options() -> tuple[Callable[[Command], Command], ...]:
-    """Which engines to build, and how."""
-    return (
-        click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated."),
-        click.option("--precision", "precisions", multiple=True, help="Only this precision; may be repeated."),
-        click.option(
-            "--target",
-            default="sm86,sm89,sm120",
-            show_default=True,
-            help="GPU architectures to build ahead of time for.",
-        ),
-        click.option(
-            "--remainder",
-            type=click.Choice(["fp16", "fp32"]),
-            default="fp16",
-            show_default=True,
-            help="What the layers of an INT8 engine that are not INT8 run in on a GPU.",
-        ),
-        click.option(
-            "--batch",
-            callback=_batch_sizes,
-            default="1,8,32",
-            show_default=True,
-            help="GPU: smallest, usual and largest batch, or one size.",
-        ),
-        click.option(
-            "--workspace", type=click.IntRange(1), metavar="MIB", help="GPU: the most scratch memory of a layer."
-        ),
-        click.option("--dla", type=click.IntRange(0), metavar="CORE", help="Jetson: run on this DLA core."),
-    )
-
-
-def _batch_sizes(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int, int]:
-    """Three batch sizes, such as 1,8,32, or one for all three."""
-    words = [word.strip() for word in value.split(",")]
-    if len(words) not in (1, 3) or not all(word.isdigit() for word in words):
-        raise click.BadParameter(f"{value!r} is neither one batch size nor three")
-    smallest, usual, largest = [int(word) for word in words] * (3 // len(words))
-    return smallest, usual, largest
-
-
-def model_options(command: Command) -> Command:
-    """The options of every command that runs stages."""
-    decorators = (
-        click.argument("model", default=DEFAULT_MODEL),
-        click.option("--weights", default="default", help="default, imagenet, random, or a .safetensors or .pth file."),
-        click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build"), show_default=True),
-        click.option("--opset", type=int, default=19, show_default=True, help="ONNX opset, 18 to 20."),
-        click.option("--calibration", type=click.Path(path_type=Path), help="Folder of calibration images."),
-        click.option("--evaluation", type=click.Path(path_type=Path), help="Folder of evaluation images."),
-        click.option("--allow-overlap", is_flag=True, help="Accept the same image in both folders."),
-        click.option(
-            "--method",
-            type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
-            default="mse",
-            show_default=True,
-            help="How activation ranges are chosen.",
-        ),
-        click.option(
-            "--max-drop",
-            type=click.FloatRange(0.0, 100.0),
-            default=0.5,
-            show_default=True,
-            help="Budget: the largest loss of top-1, in points.",
-        ),
-        click.option("--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."),
-        *engine_options(),
-        click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout."),
-    )
-    for decorator in reversed(decorators):
-        command = decorator(command)
-    return command
 
 
 def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[..., int]:
@@ -119,7 +53,7 @@ def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[...,
         from edgewright.report import stage_document
 
         with ConsoleObserver() as observer:
-            pipeline = Pipeline(_options(**arguments), observer)
+            pipeline = Pipeline(pipeline_options(**arguments), observer)
             with pipeline.workspace.locked():
                 fields = run(pipeline)
         schema = f"edgewright.{click.get_current_context().info_name}/1"
@@ -135,7 +69,7 @@ def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[...,
             click.echo("\n".join(_lines(fields)))
         return int(any(engine["status"] == "failed" for engine in fields.get("engines", ())))
 
-    return cli.command()(model_options(command))
+    return cli.command()(run_options(command))
 
 
 def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
@@ -154,21 +88,6 @@ def _words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{count} × {name}" for name, count in value.items())
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _options(
-    max_drop: float, target: str, batch: tuple[int, int, int], workspace: int | None, **arguments: Any
-) -> Options:
-    from edgewright.pipeline import Options
-    from edgewright.runtime.specs import BatchProfile
-
-    return Options(
-        budget=max_drop / 100,
-        targets=tuple(dict.fromkeys(word.strip() for word in target.split(",") if word.strip())),
-        profile=BatchProfile(*batch),
-        workspace=None if workspace is None else workspace << 20,
-        **arguments,
-    )
 
 
 @pipeline_command
@@ -245,7 +164,7 @@ def _prove(as_json: bool, **arguments: Any) -> int:
     from edgewright.runtime.session import REPORT_FILE
 
     with ConsoleObserver() as observer:
-        pipeline = Pipeline(_options(**arguments), observer)
+        pipeline = Pipeline(pipeline_options(**arguments), observer)
         with pipeline.workspace.locked():
             outcome = pipeline.prove()
             document = engine_document(outcome)
@@ -258,7 +177,7 @@ def _prove(as_json: bool, **arguments: Any) -> int:
 
 
 @cli.command()
-@model_options
+@run_options
 def engine(**arguments: Any) -> int:
     """Everything: export, fold, calibrate, quantize, build, and prove every engine against PyTorch.
 
@@ -268,15 +187,60 @@ def engine(**arguments: Any) -> int:
 
 
 @cli.command()
-@model_options
+@run_options
 def verify(**arguments: Any) -> int:
     """Compare every engine with PyTorch on the evaluation images; builds what is missing."""
     return _prove(**arguments)
 
 
 @cli.command()
+@source_options
+@click.option("--folded", is_flag=True, help="The graph after folding, not as exported.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Memory and MACs by layer, .svg or .png.")
+def inspect(as_json: bool, folded: bool, plot: Path | None, **arguments: Any) -> None:
+    """What MODEL is made of: layers by stage, output, parameters, MACs, receptive field, bytes moved.
+
+    MODEL may be any ONNX file too, such as build/resnet50/int8-cpu.onnx.
+    """
+    from edgewright.inspect_plot import check_plot_path, save_plot
+    from edgewright.inspect_report import inspect_document, inspect_lines, inspect_table
+    from edgewright.optimize.summary import summary
+
+    if plot is not None:
+        check_plot_path(plot)
+    layers = summary(_inspected(folded, **arguments), arguments["input_shape"])
+    if plot is not None:
+        save_plot(layers, plot, arguments["model"])
+    if as_json:
+        document = inspect_document(layers)
+        click.echo(json.dumps({"schema": document["schema"], "model": arguments["model"], **document}, indent=1))
+        return
+    from edgewright.console import print_listing
+
+    print_listing(functools.partial(inspect_table, layers), inspect_lines(layers))
+
+
+def _inspected(folded: bool, **arguments: Any) -> ir.Model:
+    """The graph of a person's own file as it is; of anything else, and folded, as the stages make it."""
+    import onnx_ir as ir
+
+    if arguments["model"].endswith(".onnx") and not folded:
+        from edgewright.export.onnx_files import load_onnx
+
+        return ir.from_proto(load_onnx(Path(arguments["model"])))
+    from edgewright.console import ConsoleObserver
+    from edgewright.pipeline import Pipeline
+
+    with ConsoleObserver() as observer:
+        pipeline = Pipeline(graph_options(**arguments), observer)
+        with pipeline.workspace.locked():
+            artifact = pipeline.folded if folded else pipeline.exported
+            return ir.load(pipeline.workspace.path(artifact.path))
+
+
+@cli.command()
 @click.argument("engine", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def audit(engine: Path, as_json: bool) -> None:
     """What an ENGINE file really runs: each kernel, what was fused into it, its precision and its traffic."""
     from edgewright.report import audit_document, audit_line, audit_table
@@ -301,7 +265,7 @@ def audit(engine: Path, as_json: bool) -> None:
 @click.option("--precision", help="Instead of the recommended one.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to name.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: all cores.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def run(
     images: tuple[Path, ...],
     path: Path | None,
@@ -314,9 +278,11 @@ def run(
     as_json: bool,
 ) -> None:
     """Classify IMAGES with a built engine."""
+    from edgewright.export.resolve import folder_name
     from edgewright.runtime.session import Session
 
-    with Session.open(path or build_dir / model, backend=backend, precision=precision, threads=threads) as session:
+    folder = path or build_dir / folder_name(model)
+    with Session.open(folder, backend=backend, precision=precision, threads=threads) as session:
         click.echo(f"engine: {session.why}", err=True)
         results = session.classify(images, top)
         if as_json:
@@ -337,54 +303,89 @@ def run(
 
 
 @cli.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+@json_option
 def models(as_json: bool) -> None:
-    """List the networks and where their weights come from."""
-    from edgewright.export.models import MODELS
+    """List the networks: parameters, MACs, input, and where their weights come from."""
+    from edgewright.models_report import models_document, models_lines, models_table
 
     if as_json:
-        listed = [
-            {
-                "name": name,
-                "summary": entry.summary,
-                "weights": {key: weights.summary for key, weights in entry.weights.items()},
-            }
-            for name, entry in MODELS.items()
-        ]
-        click.echo(json.dumps({"schema": "edgewright.models/1", "models": listed}, indent=1))
+        click.echo(json.dumps(models_document(), indent=1))
         return
-    for name, entry in MODELS.items():
-        click.echo(f"{name}\n  {entry.summary}")
-        for key, weights in entry.weights.items():
-            click.echo(f"  --weights {key:<10} {weights.summary}")
+    from edgewright.console import print_listing
+
+    print_listing(models_table, models_lines())
 
 
 @cli.command()
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--output", type=click.Path(path_type=Path), help="Default: build/MODEL/trained.safetensors.")
+@click.option("--epochs", type=click.IntRange(1), help="Passes over the 60,000 images.")
+@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), help="sgd has Nesterov momentum of 0.9.")
+@click.option("--learning-rate", "peak_learning_rate", type=float, help="Peak of the one-cycle schedule.")
+@click.option("--weight-decay", type=float, help="Of matrices and filters.")
+@click.option("--batch-size", type=click.IntRange(1))
+@click.option("--label-smoothing", type=float)
+@click.option("--augment/--no-augment", default=None, help="Flip and shift the training images.")
+@click.option("--seed", type=click.IntRange(0))
+@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Height and width of the images.")
+@click.option("--from", "start", metavar="FILE|lite0|none", help="First weights; a head for other classes is replaced.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: PyTorch's own choice.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's idx files.")
 @click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build"), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def train(model: str, output: Path | None, data: Path | None, build_dir: Path, as_json: bool) -> None:
-    """Train MODEL on Fashion-MNIST, by the recipe of the shipped checkpoint; goes on where it was stopped."""
+def train(
+    model: str,
+    output: Path | None,
+    start: str | None,
+    size: int | None,
+    device: str,
+    threads: int,
+    data: Path | None,
+    build_dir: Path,
+    as_json: bool,
+    **changes: Any,
+) -> None:
+    """Train MODEL on Fashion-MNIST; goes on where it was stopped.
+
+    Without options by the recipe of docs/training.md, for mobilenet_effnet_b0 that of the checkpoint that ships.
+    """
     from edgewright.console import ConsoleObserver
+    from edgewright.recipes import recipe_of
     from edgewright.train import train_checkpoint
     from edgewright.workspace import Workspace
 
+    recipe = recipe_of(model, **changes)
     workspace = Workspace(build_dir / model)
-    with ConsoleObserver() as observer, workspace.locked():
-        path = output or workspace.path("trained.safetensors")
-        top1 = train_checkpoint(
+    with ConsoleObserver(label_width=len("train")) as observer, workspace.locked():
+        training = train_checkpoint(
             model,
-            path,
+            output or workspace.path("trained.safetensors"),
+            recipe=recipe,
+            start=start,
+            size=size,
             data=data,
+            device=device,
+            threads=threads,
             state_file=workspace.path("training.pt"),
             progress=functools.partial(observer.progressed, "train"),
         )
     if as_json:
-        click.echo(json.dumps({"schema": "edgewright.train/1", "model": model, "path": str(path), "top1": top1}))
-    else:
-        click.echo(f"{path}: top-1 {100 * top1:.2f} % on the 10,000 test images")
+        document = {
+            "schema": "edgewright.train/1",
+            "model": model,
+            "path": str(training.checkpoint),
+            "top1": training.top1,
+            "start": training.start,
+            "epochs": len(training.curve),
+            "seconds": training.seconds,
+            "curve": {"csv": str(training.curve_csv), "svg": str(training.curve_svg)},
+        }
+        click.echo(json.dumps(document, indent=1))
+        return
+    click.echo(f"started from {training.start}")
+    click.echo(f"{training.checkpoint}: top-1 {100 * training.top1:.2f} % on the 10,000 test images")
+    click.echo(f"learning curve: {training.curve_csv}, {training.curve_svg}")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from edgewright.export.resolve import ModelRequest
     from edgewright.pipeline import Options
 
-__all__ = ["DEFAULT_MODEL", "as_request", "json_option", "pipeline_options", "run_options", "source_options"]
+__all__ = ["DEFAULT_MODEL", "graph_options", "json_option", "pipeline_options", "run_options", "source_options"]
 
 DEFAULT_MODEL = "mobilenet_effnet_b0"
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -194,19 +195,30 @@ def _label_lines(file: Path) -> tuple[str, ...]:
     return labels
 
 
+def graph_options(build_dir: Path, opset: int, **source: Any) -> Options:
+    """What `source_options` say."""
+    from edgewright.pipeline import Options
+
+    request = as_request(**source)
+    return Options(
+        request.model,
+        request.weights,
+        build_dir,
+        opset,
+        model_options=request.options,
+        completion=request.completion,
+    )
+
+
 def pipeline_options(
     max_drop: float, target: str, batch: tuple[int, int, int], workspace: int | None, **arguments: Any
 ) -> Options:
     """What `run_options` say."""
-    from edgewright.pipeline import Options
     from edgewright.runtime.specs import BatchProfile
 
-    request = as_request(**{name: arguments.pop(name) for name in inspect.signature(as_request).parameters})
-    return Options(
-        request.model,
-        request.weights,
-        model_options=request.options,
-        completion=request.completion,
+    names = ("build_dir", "opset", *inspect.signature(as_request).parameters)
+    return replace(
+        graph_options(**{name: arguments.pop(name) for name in names}),
         budget=max_drop / 100,
         targets=tuple(dict.fromkeys(word.strip() for word in target.split(",") if word.strip())),
         profile=BatchProfile(*batch),

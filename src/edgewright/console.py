@@ -6,7 +6,7 @@ All of it goes to stderr; stdout is for results.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,16 +19,21 @@ from edgewright.outcome import Outcome
 from edgewright.report import engine_table, remarks, stage_line, verdict_line
 from edgewright.workspace import Observer, StageRun
 
-__all__ = ["ConsoleObserver", "print_audit", "print_outcome"]
+__all__ = ["ConsoleObserver", "print_audit", "print_listing", "print_outcome"]
 
 SECONDS_BEFORE_BAR = 2.0
+LABEL_WIDTH = 29  # columns
 WIDEST_TABLE = 200  # columns; wider than any figures can make it
 
 
 class ConsoleObserver(Observer):
-    """Prints to stderr. Use it in a `with`, so that no bar is left behind."""
+    """Prints to stderr. Use it in a `with`, so that no bar is left behind.
 
-    def __init__(self) -> None:
+    `label_width` is what a bar leaves for the name of its stage, in columns.
+    """
+
+    def __init__(self, label_width: int = LABEL_WIDTH) -> None:
+        self._label_width = label_width
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: _DelayedBar | None = None
 
@@ -43,12 +48,12 @@ class ConsoleObserver(Observer):
     def started(self, stage: str) -> None:
         """Begins to wait for the bar."""
         self._remove_bar()
-        self._bar = _DelayedBar(self._console, stage)
+        self._bar = _DelayedBar(self._console, stage, self._label_width)
 
     def progressed(self, stage: str, done: int, total: int, text: str = "") -> None:
         """Moves the bar."""
         if self._bar is None:
-            self._bar = _DelayedBar(self._console, stage)
+            self._bar = _DelayedBar(self._console, stage, self._label_width)
         self._bar.move(done, total, text)
 
     def finished(self, run: StageRun) -> None:
@@ -65,9 +70,9 @@ class ConsoleObserver(Observer):
 class _DelayedBar:
     """A progress bar that appears after two seconds, so that quick stages leave no flicker."""
 
-    def __init__(self, console: Console, stage: str) -> None:
+    def __init__(self, console: Console, stage: str, label_width: int) -> None:
         self._progress = Progress(
-            TextColumn("  {task.description:<29}"),
+            TextColumn(f"  {{task.description:<{label_width}}}"),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[text]}"),
             TimeRemainingColumn(),
@@ -117,6 +122,16 @@ def print_audit(table: Table, line: str) -> None:
     console.print(table)
     console.print()
     Console(highlight=False, soft_wrap=True).print(line, markup=False, style="bold")
+
+
+def print_listing(table_within: Callable[[int], Table], lines: Iterable[str]) -> None:
+    """A table made for the width of the terminal in columns, and lines below it, on stdout."""
+    console = Console(highlight=False)
+    console.print(table_within(console.width))
+    console.print()
+    plain = Console(highlight=False, soft_wrap=True)
+    for line in lines:
+        plain.print(line, markup=False)
 
 
 def _note(run: StageRun) -> str:
