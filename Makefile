@@ -2,7 +2,7 @@
 MODEL ?= mobilenet_effnet_b0
 ARGS ?=
 PYTHON ?=
-EXTRAS ?= build,cpu,lite0$(if $(findstring Linux x86_64,$(shell uname -sm)),$(comma)rtx$(comma)openvino)
+EXTRAS ?= build,cpu,lite$(if $(findstring Linux x86_64,$(shell uname -sm)),$(comma)rtx$(comma)openvino)
 
 SHELL := /bin/sh
 .SHELLFLAGS := -euc
@@ -89,4 +89,4 @@ $(TEST_STAMP): | $(VENV)/.created
 	@rm -f $(VENV)/.engine-* && touch $(ENGINE_STAMP)
 
 $(OLDEST_STAMP): | $(OLDEST_VENV)/.created
-	$(call install,$(OLDEST_VENV),test,build$(comma)cpu$(comma)lite0$(comma)test,--constraint tests/oldest.txt)
+	$(call install,$(OLDEST_VENV),test,build$(comma)cpu$(comma)lite$(comma)test,--constraint tests/oldest.txt)

@@ -13,7 +13,7 @@ from quantizers import SETTINGS, calibrated, folded_model, quantize_with_onnxrun
 
 from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
 from edgewright.calibration.stream import batches
-from edgewright.export.models import resolve
+from edgewright.export.models import MODELS
 from edgewright.optimize.dialects import half_graph, quantized_graph
 from edgewright.optimize.simulate import signed_to_unsigned, simulate_fp16
 from edgewright.runtime.backends import BACKENDS
@@ -23,10 +23,10 @@ Batch = NDArray[np.float32]
 
 def measure() -> Iterator[Figure]:
     """FP32 top-1, our INT8 loss, that of the peer in four settings, and NVIDIA's graphs simulated, in points."""
-    source = resolve("mobilenet_effnet_b0")
-    calibration = np.concatenate(list(batches(fashion_mnist_calibration(), source.preprocess, 64)))
+    preprocess = MODELS["mobilenet_effnet_b0"].task.preprocess
+    calibration = np.concatenate(list(batches(fashion_mnist_calibration(), preprocess, 64)))
     test = fashion_mnist_test()
-    images = np.concatenate(list(batches(test, source.preprocess, 64)))
+    images = np.concatenate(list(batches(test, preprocess, 64)))
     assert test.labels is not None
     folded = folded_model("mobilenet_effnet_b0")
     graph = serialized(folded)

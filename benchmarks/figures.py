@@ -45,14 +45,14 @@ def sample_folder() -> Path | None:
 
 def photographs(count: int) -> NDArray[np.float32] | None:
     """The first `count` of them, preprocessed for 224 × 224 networks, `[N, 3, 224, 224]`; None if they are missing."""
-    from edgewright.export.models import LITE0_PREPROCESS
+    from edgewright.export.models import MODELS
 
     folder = sample_folder()
     if folder is None:
         return None
     with (folder / "labels.csv").open() as stream:
         files = [row["file"] for row in csv.DictReader(stream)][:count]
-    return LITE0_PREPROCESS.batch([folder / file for file in files])
+    return MODELS["efficientnet_lite0"].task.preprocess.batch([folder / file for file in files])
 
 
 def run_python(code: str, *arguments: str) -> str:

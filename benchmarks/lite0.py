@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from quantizers import folded_model, quantize_ourselves, quantize_with_modelopt, quantize_with_onnxruntime
 
 from edgewright.calibration.collect import BATCH_SIZE
-from edgewright.export.models import resolve
+from edgewright.export.models import MODELS
 from edgewright.runtime.backends import BACKENDS
 from edgewright.runtime.latency import interleaved_samples, paired_ratio
 from edgewright.runtime.parity import compare
@@ -37,11 +37,10 @@ def measure() -> Iterator[Figure]:
     if folder is None:
         print("  no photographs: set EDGEWRIGHT_SAMPLE to a folder with labels.csv")
         return
-    source = resolve("efficientnet_lite0")
     with (folder / "labels.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     began = time.perf_counter()
-    images = source.preprocess.batch([folder / row["file"] for row in rows])
+    images = MODELS["efficientnet_lite0"].task.preprocess.batch([folder / row["file"] for row in rows])
     yield Figure("decoding, one thread", 1e3 * (time.perf_counter() - began) / len(images), "ms an image")
     labels = np.array([int(row["index"]) for row in rows])
     folded = folded_model("efficientnet_lite0")

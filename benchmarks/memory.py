@@ -22,9 +22,10 @@ import onnx_ir as ir
 from edgewright.calibration.collect import BATCH_SIZE, collect
 from edgewright.calibration.datasets import image_folder
 from edgewright.calibration.stream import batches
-from edgewright.export.models import LITE0_PREPROCESS
+from edgewright.export.models import MODELS
 images = image_folder(Path(sys.argv[2]))
-table = collect(ir.load(sys.argv[1]), batches(images, LITE0_PREPROCESS, BATCH_SIZE), identity={})
+preprocess = MODELS["efficientnet_lite0"].task.preprocess
+table = collect(ir.load(sys.argv[1]), batches(images, preprocess, BATCH_SIZE), identity={})
 assert table.samples == len(images)
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 """

@@ -19,7 +19,7 @@ from onnxruntime.quantization import (
 )
 
 from edgewright.calibration.collect import BATCH_SIZE, CalibrationTable, collect
-from edgewright.export.models import resolve
+from edgewright.export.resolve import resolve
 from edgewright.export.to_onnx import export_onnx
 from edgewright.optimize.dialects import quantized_graph
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
@@ -60,8 +60,8 @@ FOR_TENSORRT: dict[str, Any] = {
 def folded_model(name: str) -> ir.Model:
     """The registry's network with its default weights, exported and folded."""
     source = resolve(name)
-    assert source.preprocess.input_shape is not None
-    exported = onnx.load_from_string(export_onnx(source.build(), source.preprocess.input_shape))
+    assert source.input_shape is not None
+    exported = onnx.load_from_string(export_onnx(source.module(), source.input_shape))
     return fold_batchnorm(ir.from_proto(exported)).model
 
 

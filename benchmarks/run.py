@@ -15,7 +15,7 @@ from rich.table import Table
 
 from edgewright.workspace import machine
 
-BENCHMARKS = ("import_time", "engine", "lite0", "b0", "rtx", "openvino_int8", "memory")
+BENCHMARKS = ("import_time", "engine", "lite0", "b0", "rtx", "openvino_int8", "memory", "fold")
 RESULT = ROOT / "build" / "bench.json"
 
 

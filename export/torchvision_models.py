@@ -148,6 +148,7 @@ def _entry(network: _Network, build: Callable[..., nn.Module]) -> ModelEntry:
         task=task,
         load=_download(network),
         fingerprint=lambda: f"torchvision:{network.builder}:{network.version}",
+        origin="torchvision",
     )
     return ModelEntry(network.summary, build, task, {"default": weights})
 
@@ -161,13 +162,17 @@ def _download(network: _Network) -> Callable[[nn.Module], None]:
             released = _built(network.builder, weights=network.version, progress=False)
         except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
             raise ModelError(
-                f"torchvision could not download the ImageNet weights of {network.builder} ({error})",
+                f"torchvision could not download the ImageNet weights of {network.builder} ({_line(error)})",
                 "use --weights random, or --weights FILE with a downloaded .pth or .safetensors",
             ) from None
         state = fitting(released.state_dict(), model, network)
         load_into(model, state, f"torchvision's {network.builder}, {network.version}")
 
     return load
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _built(builder: str, **keywords: Any) -> nn.Module:

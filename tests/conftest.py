@@ -16,7 +16,8 @@ import pytest
 
 from command import Command, Completed
 from edgewright import cli
-from edgewright.export.models import MODELS, resolve
+from edgewright.export.models import MODELS
+from edgewright.export.resolve import resolve
 from edgewright.outcome import Outcome
 from edgewright.pipeline import Options, Pipeline
 from edgewright.workspace import source_hash
@@ -72,7 +73,7 @@ def shared_images(tmp_path_factory: pytest.TempPathFactory) -> Images:
     evaluation = write_images(folder / "evaluation", 60, seed=2)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
         patch.setitem(MODELS, "tiny", TINY_MODELS["tiny"])
-        logits = resolve("tiny").build()(torch.from_numpy(PREPROCESS.batch(evaluation)))
+        logits = resolve("tiny").module()(torch.from_numpy(PREPROCESS.batch(evaluation)))
     rows = [f"{path.name},{int(label)}" for path, label in zip(evaluation, logits.argmax(1), strict=True)]
     (folder / "evaluation" / "labels.csv").write_text("\n".join(["file,index", *rows]))
     return Images(folder / "calibration", folder / "evaluation")

@@ -37,7 +37,7 @@ DATA = (
 )
 NEEDED_TO_BUILD = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "src", *PACKAGES)
 ABSENT = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "scipy", "safetensors", "rich")
-OLDEST_EXTRAS = ("build", "cpu", "lite0")  # as in the Makefile
+OLDEST_EXTRAS = ("build", "cpu", "lite")  # as in the Makefile
 OFFLINE = ("connection broken", "Failed to establish a new connection", "Network is unreachable", "name resolution")
 
 

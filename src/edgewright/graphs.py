@@ -33,7 +33,7 @@ CODE = "graphs.py"
 CHECK_SEED = 21
 MODEL_FILE, FOLDED_FILE, CALIBRATION_FILE = "model.onnx", "folded.onnx", "calibration.json"
 NVIDIA_DIALECTS = ("tensorrt", "rtx")  # `optimize/dialects.py` imports onnx, a run in which nothing changed must not
-FOLDING_FILES = ("edits", "fold_batchnorm", "passes", "recognize_batchnorm", "verify")
+FOLDING_FILES = ("edits", "fold_batchnorm", "passes", "plan", "recognize_batchnorm", "verify")
 PLAN_SCHEMA = "edgewright.plan/1"
 
 Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]

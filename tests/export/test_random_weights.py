@@ -71,18 +71,19 @@ def test_activations_keep_their_scale_in_depth(images: torch.Tensor) -> None:
 
 def test_statistics_are_those_of_the_noise_disturbed() -> None:
     """Each channel's own mean and variance, within what n / 4 and U(1/2, 3/2) allow."""
-    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64))
+    convolution, norm = nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64)
+    offsets = torch.arange(64.0)
     with torch.no_grad():
-        model[0].weight.normal_(generator=torch.Generator().manual_seed(2))
-        model[0].bias.copy_(torch.arange(64.0))
-    disturb_statistics(model, SHAPE, seed=3)
-    mean, variance = model[1].running_mean, model[1].running_var
-    assert isinstance(mean, torch.Tensor)
-    expected = model[0].weight.detach().square().sum((1, 2, 3))  # noise of unit variance in each of three channels
-    ratio = variance / expected
+        convolution.weight.normal_(generator=torch.Generator().manual_seed(2))
+        assert convolution.bias is not None
+        convolution.bias.copy_(offsets)
+    disturb_statistics(nn.Sequential(convolution, norm), SHAPE, seed=3)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    expected = convolution.weight.detach().square().sum((1, 2, 3))  # noise of unit variance in each of three channels
+    ratio = norm.running_var / expected
     assert 0.45 < float(ratio.min()) < 0.7 < 1.3 < float(ratio.max()) < 1.55
-    offset = (mean - torch.arange(64.0)) / expected.sqrt()
-    assert 0.15 < float(offset.std()) < 0.35
+    assert 0.15 < float(((norm.running_mean - offsets) / expected.sqrt()).std()) < 0.35
 
 
 @pytest.mark.parametrize("build", [lenet_bn, lenet_bn_scratch])

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgewright.export import to_onnx as module
-from edgewright.export.models import resolve
+from edgewright.export.resolve import resolve
 from edgewright.export.to_onnx import INPUT_NAME, OPSETS, OUTPUT_NAME, export_onnx
 from edgewright.runtime.errors import ExportError
 
@@ -357,7 +357,7 @@ def test_lite0_pads_in_its_convolutions() -> None:
 
 @pytest.fixture(scope="module")
 def b0() -> tuple[nn.Module, bytes]:
-    model = resolve("mobilenet_effnet_b0").build()
+    model = resolve("mobilenet_effnet_b0").module()
     return model, export_onnx(model, (3, 32, 32))
 
 

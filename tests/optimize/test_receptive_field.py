@@ -11,14 +11,19 @@ import pytest
 import torch
 from torch import nn
 
+from edgewright.optimize.one_image import for_one_image
 from edgewright.optimize.receptive_field import Reach, receptive_fields, window_of
 from textual_graphs import graph
 
-THREE = "a = Conv <pads = [1, 1, 1, 1]> (x, w)\nb = Conv <pads = [1, 1, 1, 1]> (a, v)\ny = Conv <pads = [1, 1, 1, 1]> (b, u)"
+THREE = """
+a = Conv <pads = [1, 1, 1, 1]> (x, w)
+b = Conv <pads = [1, 1, 1, 1]> (a, v)
+y = Conv <pads = [1, 1, 1, 1]> (b, u)
+"""
 
 
 def reach(model: ir.Model, name: str = "y") -> Reach | None:
-    fields = receptive_fields(model.graph)
+    fields = receptive_fields(for_one_image(model, None).graph)
     (found,) = (field for value, field in fields.items() if value.name == name)
     return found
 
@@ -137,7 +142,12 @@ def test_a_product_of_maps_is_no_gate() -> None:
 
 
 def test_a_matrix_product_over_channels_sees_no_more_and_one_over_the_map_sees_everything() -> None:
-    over_channels = "a = Conv (x, w)\nt = Transpose <perm = [0, 2, 3, 1]> (a)\nm = MatMul (t, v)\ny = Transpose <perm = [0, 3, 1, 2]> (m)"
+    over_channels = """
+    a = Conv (x, w)
+    t = Transpose <perm = [0, 2, 3, 1]> (a)
+    m = MatMul (t, v)
+    y = Transpose <perm = [0, 3, 1, 2]> (m)
+    """
     assert size(graph(over_channels, w=(4, 3, 3, 3), v=(4, 7))) == (3, 3)
     over_map = "a = Conv (x, w)\nf = Flatten (a)\ny = MatMul (f, v)"
     assert size(graph(over_map, outputs="float[N, C] y", w=(4, 3, 3, 3), v=(144, 7))) == (math.inf, math.inf)
@@ -164,7 +174,9 @@ def test_what_sees_everything_and_what_does_not(body: str, expected: tuple[float
 
 def test_jumps() -> None:
     model = graph(
-        "a = Conv <strides = [2, 2]> (x, w)\nb = MaxPool <kernel_shape = [2, 2], strides = [2, 1]> (a)\ny = ConvTranspose <strides = [4, 4]> (b, v)",
+        """a = Conv <strides = [2, 2]> (x, w)
+        b = MaxPool <kernel_shape = [2, 2], strides = [2, 1]> (a)
+        y = ConvTranspose <strides = [4, 4]> (b, v)""",
         "float[N, 3, 33, 33] x",
         w=(4, 3, 3, 3),
         v=(4, 2, 4, 4),

@@ -17,7 +17,7 @@ from edgewright.runtime.specs import BatchProfile, EngineInfo, Kernel, LayerPrec
 INPUT = TensorSpec("image", (None, 3, 64, 48), "float32")
 OUTPUT = TensorSpec("logits", (None, 3), "float32")
 PREPROCESS = Preprocess((64, 48), (64, 48), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bicubic")
-ARTIFACT = OnnxArtifact("model.onnx", "ab" * 32, 19, (INPUT,), (OUTPUT,), PREPROCESS, ("a", "b", "é"))
+ARTIFACT = OnnxArtifact("model.onnx", "ab" * 32, 19, (INPUT,), (OUTPUT,), ("a", "b", "é"))
 LAYERS = (
     LayerPrecision("c1", "Conv", "fp32", "fp32", 900, "c1_nchwc"),
     LayerPrecision("c2", "Conv", "int8", "int8", 100, "c2_quant"),

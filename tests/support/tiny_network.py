@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from edgewright.export.models import MODELS, ModelEntry, Weights
+from edgewright.export.entries import ModelEntry, Task, Weights
+from edgewright.export.models import MODELS
 from edgewright.runtime.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def _entry(channels: int, weights: Mapping[str, Weights], *, linear: bool = Fals
 
         return TinyNetwork(channels, classes, linear=linear)
 
-    return ModelEntry("a tiny network for tests", build, weights)
+    return ModelEntry("a tiny network for tests", build, weights["default"].task, weights)
 
 
 def _weights(seed: int, preprocess: Preprocess) -> Weights:
@@ -46,9 +47,8 @@ def _weights(seed: int, preprocess: Preprocess) -> Weights:
 
         randomize(model, seed)
 
-    return Weights(
-        f"seed {seed}", len(LABELS), preprocess, lambda: LABELS, load, lambda: f"seed:{seed}:{preprocess.colour}"
-    )
+    task = Task(len(LABELS), preprocess, LABELS)
+    return Weights(f"seed {seed}", task, load, lambda: f"seed:{seed}:{preprocess.colour}", "shipped")
 
 
 TINY_MODELS = {

@@ -1,0 +1,187 @@
+"""An existing ONNX file as the source of a run: the graph that the pipeline goes on with, and the FP32 reference.
+
+The file itself, run by ONNX Runtime without optimizations, is what everything is compared with. What goes on is the
+same graph as `to_onnx.py` would have written it: names, opset, constants computed, a dynamic batch axis. Both are run
+on the same images before it is handed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgewright.export.entries import InputShape, ModelSource
+from edgewright.export.onnx_files import load_onnx, read_onnx
+from edgewright.export.onnx_header import Header, ends_in_softmax, foreign_domains, header_of, labels_of
+from edgewright.export.onnx_rewriting import INPUT_NAME, OUTPUT_NAME, rewritten
+from edgewright.export.onnx_session import first_line, plain_session
+from edgewright.runtime.errors import ExportError, ModelError
+
+if TYPE_CHECKING:
+    from edgewright.export.resolve import ModelRequest
+
+__all__ = ["Logits", "import_onnx", "load_onnx", "onnx_source", "reference_of"]
+
+Logits = NDArray[np.float32]
+Infer = Callable[[NDArray[np.float32]], Logits]
+"""Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`."""
+
+CHECKED_BATCHES = (1, 5)
+CHECK_SEED = 20
+TOLERANCE = 1e-4
+"""Largest difference allowed, as a share of the largest logit; as in `to_onnx.py`."""
+PROBABILITIES = "the graph ends in Softmax: its outputs are probabilities, not logits (accuracy is the same)"
+
+
+def onnx_source(request: ModelRequest) -> ModelSource:
+    """The source of `request.model`, the path of an ONNX file; what the file does not say is None.
+
+    Raises `ModelError` if the file cannot be trusted or read, if its graph is not one from float32 images to one
+    output, or if weights or options are asked for.
+    """
+    path = Path(request.model)
+    if request.weights != "default":
+        raise ModelError(f"{path} takes no weights {request.weights!r}: a graph carries its own", "leave out --weights")
+    if request.options:
+        raise ModelError(
+            f"{path} takes no options ({', '.join(request.options)}): it is built already", "leave them out"
+        )
+    file = read_onnx(path)
+    header = header_of(file.proto, str(path))
+    if foreign_domains(file.proto):
+        plain_session(file.proto.SerializeToString(), str(path))
+    return ModelSource(
+        onnx=path,
+        input_shape=header.input_shape,
+        labels=labels_of(file.proto, header.classes),
+        name=request.model,
+        weights="in the graph",
+        fingerprint=file.fingerprint(),
+        note=PROBABILITIES if ends_in_softmax(file.proto) else "",
+    )
+
+
+def import_onnx(path: Path, input_shape: InputShape, *, opset: int) -> bytes:
+    """Serialized ONNX of the graph in `path`, in the form that `export_onnx` writes.
+
+    Input "images" `[batch, C, H, W]` float32 with a dynamic batch, output "logits" `[batch, classes]` float32 (or
+    `[batch, …]` features). Checked before it is returned: the ONNX checker, and on seeded images, in a batch of 1 and
+    one of 5, outputs equal to those that the file itself gives for each image alone (or in the batch that it insists
+    on). Raises `ModelError` for the file, `ExportError` if it cannot be rewritten or the rewritten graph differs.
+    """
+    proto = load_onnx(path)
+    header = header_of(proto, str(path))
+    for axis, (said, wanted) in enumerate(zip(header.sides[1:], input_shape, strict=True)):
+        if said not in (None, wanted):
+            raise ModelError(
+                f"{path} takes images of {said} along {('channels', 'height', 'width')[axis]}, not {wanted}",
+                "leave out --input-shape, or export the graph for that size",
+            )
+    session = plain_session(proto.SerializeToString(), str(path))
+    reference = _reference(session, header, str(path), at_once=header.batch or 1)
+    content = rewritten(proto, header, input_shape, opset=opset)
+    _check_equal(reference, content, header, input_shape)
+    return content
+
+
+def reference_of(path: Path) -> Infer:
+    """The FP32 reference: the file itself, run by ONNX Runtime without optimizations on one batch after the other.
+
+    It takes any number of images; a graph with a fixed batch gets them in batches of that size, the last one filled
+    up. Raises `ModelError` if the file or an image does not run.
+    """
+    proto = load_onnx(path)
+    header = header_of(proto, str(path))
+    name = str(path)
+    session = plain_session(proto.SerializeToString(), name)
+    whole = _reference(session, header, name, at_once=header.batch)
+    one_by_one = _reference(session, header, name, at_once=1)
+
+    def infer(images: NDArray[np.float32]) -> Logits:
+        try:
+            return whole(images)
+        except ModelError:  # its batch axis is dynamic in name only
+            if header.batch is not None or len(images) == 1:
+                raise
+            return one_by_one(images)
+
+    return infer
+
+
+def _reference(session: Any, header: Header, name: str, at_once: int | None) -> Infer:
+    """The graph as a function; it sees `at_once` images at a time, or all that it is given."""
+
+    def run(images: NDArray[np.float32]) -> Logits:
+        try:
+            (output,) = session.run([header.output_name], {header.input_name: images})
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise ModelError(
+                f"{name} does not run on images of shape {list(images.shape)}: {first_line(error)}",
+                "check the size of the images (--input-shape)",
+            ) from error
+        return _one_row_per_image(output, len(images), name)
+
+    def infer(images: NDArray[np.float32]) -> Logits:
+        step = at_once or len(images)
+        parts = [images[start : start + step] for start in range(0, len(images), step)]
+        return np.concatenate([run(_filled_up(part, step))[: len(part)] for part in parts])
+
+    return infer
+
+
+def _filled_up(images: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """`count` images, the last of them repeated where some are missing."""
+    return np.concatenate([images, np.repeat(images[-1:], count - len(images), axis=0)])
+
+
+def _one_row_per_image(output: Any, count: int, name: str) -> Logits:
+    """`[N, classes]`; lone axes behind the classes go."""
+    if not isinstance(output, np.ndarray) or output.dtype != np.float32 or output.ndim < 2 or len(output) != count:
+        found = f"{output.dtype} {list(output.shape)}" if isinstance(output, np.ndarray) else type(output).__name__
+        raise ModelError(
+            f"the output of {name} is {found} for {count} images, expected float32 [{count}, classes]",
+            "give a graph whose first output axis is the batch",
+        )
+    return output.reshape(output.shape[:2]) if set(output.shape[2:]) == {1} else output
+
+
+def _check_equal(reference: Infer, content: bytes, header: Header, input_shape: InputShape) -> None:
+    written = plain_session(content, "the rewritten graph")
+    rng = np.random.default_rng(CHECK_SEED)
+    for batch in CHECKED_BATCHES:
+        images = rng.standard_normal((batch, *input_shape), np.float32)
+        expected = reference(images)
+        try:
+            (found,) = written.run([OUTPUT_NAME], {INPUT_NAME: images})
+        except Exception as error:  # onnxruntime's exceptions have no common base of their own
+            raise _wrong_batch(header, batch, f"does not run: {first_line(error)}") from error
+        difference = _relative_difference(expected, found)
+        if not difference <= TOLERANCE:  # also true for NaN
+            share = (
+                f"differs from the file's own by {difference:.2g} of the largest logit, at most {TOLERANCE:g} expected"
+            )
+            raise _wrong_batch(header, batch, share)
+
+
+def _wrong_batch(header: Header, batch: int, happened: str) -> ExportError:
+    if header.batch is not None and header.batch != batch:
+        return ExportError(
+            f"the graph works with a batch of {header.batch} only: a batch of {batch} {happened}",
+            "export it with a dynamic batch axis",
+        )
+    return ExportError(
+        f"the rewritten graph at batch {batch} {happened}",
+        "look for operations that mix the images of a batch, or for random numbers",
+    )
+
+
+def _relative_difference(expected: Logits, found: Logits) -> float:
+    if expected.shape != found.shape:
+        return float("inf")
+    scale = float(np.abs(expected).max()) or 1.0
+    with np.errstate(invalid="ignore"):  # infinity minus infinity is the NaN that the caller looks for
+        return float(np.abs(expected.astype(np.float64) - found).max() / scale)
