@@ -26,7 +26,8 @@ NETWORKS = {"resnet50": 15.0, "densenet201": 45.0}
 CODE = """
 import os, sys, time
 import numpy as np, onnx, onnx_ir as ir, torch, torchvision
-from edgewright.export.to_onnx import INPUT_NAME, export_onnx
+from edgewright.export.conventions import INPUT_NAME
+from edgewright.export.to_onnx import export_onnx
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
 from edgewright.optimize.passes import run_passes
 from edgewright.optimize.recognize_batchnorm import recognize_batchnorm

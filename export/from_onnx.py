@@ -14,11 +14,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgewright.export.conventions import (
+    CHECKED_BATCHES,
+    INPUT_NAME,
+    OUTPUT_NAME,
+    TOLERANCE,
+    first_line,
+    relative_difference,
+)
 from edgewright.export.entries import InputShape, ModelSource
 from edgewright.export.onnx_files import load_onnx, read_onnx
 from edgewright.export.onnx_header import Header, ends_in_softmax, foreign_domains, header_of, labels_of
-from edgewright.export.onnx_rewriting import INPUT_NAME, OUTPUT_NAME, rewritten
-from edgewright.export.onnx_session import first_line, plain_session
+from edgewright.export.onnx_rewriting import rewritten
+from edgewright.export.onnx_session import plain_session
 from edgewright.runtime.errors import ExportError, ModelError
 
 if TYPE_CHECKING:
@@ -30,10 +38,7 @@ Logits = NDArray[np.float32]
 Infer = Callable[[NDArray[np.float32]], Logits]
 """Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`."""
 
-CHECKED_BATCHES = (1, 5)
 CHECK_SEED = 20
-TOLERANCE = 1e-4
-"""Largest difference allowed, as a share of the largest logit; as in `to_onnx.py`."""
 PROBABILITIES = "the graph ends in Softmax: its outputs are probabilities, not logits (accuracy is the same)"
 
 
@@ -159,7 +164,7 @@ def _check_equal(reference: Infer, content: bytes, header: Header, input_shape: 
             (found,) = written.run([OUTPUT_NAME], {INPUT_NAME: images})
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise _wrong_batch(header, batch, f"does not run: {first_line(error)}") from error
-        difference = _relative_difference(expected, found)
+        difference = relative_difference(expected, found)
         if not difference <= TOLERANCE:  # also true for NaN
             share = (
                 f"differs from the file's own by {difference:.2g} of the largest logit, at most {TOLERANCE:g} expected"
@@ -177,11 +182,3 @@ def _wrong_batch(header: Header, batch: int, happened: str) -> ExportError:
         f"the rewritten graph at batch {batch} {happened}",
         "look for operations that mix the images of a batch, or for random numbers",
     )
-
-
-def _relative_difference(expected: Logits, found: Logits) -> float:
-    if expected.shape != found.shape:
-        return float("inf")
-    scale = float(np.abs(expected).max()) or 1.0
-    with np.errstate(invalid="ignore"):  # infinity minus infinity is the NaN that the caller looks for
-        return float(np.abs(expected.astype(np.float64) - found).max() / scale)

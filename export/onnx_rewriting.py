@@ -26,15 +26,14 @@ from onnx_ir.passes.common import (
 from onnxscript.optimizer import fold_constants
 
 from edgewright.export.canonicalize import canonicalize
+from edgewright.export.conventions import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, check_opset
 from edgewright.export.entries import InputShape
 from edgewright.export.onnx_header import Header
 from edgewright.export.onnx_session import plain_session
 from edgewright.runtime.errors import ExportError
 
-__all__ = ["BATCH_NAME", "INPUT_NAME", "OPSETS", "OUTPUT_NAME", "rewritten"]
+__all__ = ["rewritten"]
 
-OPSETS = range(18, 21)
-INPUT_NAME, OUTPUT_NAME, BATCH_NAME = "images", "logits", "batch"
 OLDEST_OPSET = 7  # before, broadcasting was said by attributes, and the converter knows few operators
 IR_VERSION = 10
 FLOATS = (None, ir.DataType.FLOAT)
@@ -50,8 +49,7 @@ def rewritten(proto: onnx.ModelProto, header: Header, input_shape: InputShape, *
     Nodes keep their names where those are unique. Raises `ExportError` for what cannot be converted: an old opset,
     operators without a converter, control flow that depends on the image, floats other than float32.
     """
-    if opset not in OPSETS:
-        raise ExportError(f"opset {opset} is not supported", f"choose one of {OPSETS.start} … {OPSETS.stop - 1}")
+    check_opset(opset)
     own = header.batch or 1
     plain = _converted(_plain(proto), opset)
     before = _shapes(_with_input(plain, header, (own, *input_shape)))

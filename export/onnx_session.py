@@ -6,9 +6,10 @@ from typing import Any
 
 import onnxruntime
 
+from edgewright.export.conventions import first_line
 from edgewright.runtime.errors import ModelError
 
-__all__ = ["first_line", "plain_session"]
+__all__ = ["plain_session"]
 
 
 def plain_session(content: bytes, name: str) -> Any:
@@ -22,9 +23,3 @@ def plain_session(content: bytes, name: str) -> Any:
         raise ModelError(
             f"onnxruntime cannot run {name}: {first_line(error)}", "give a graph of standard ONNX operators"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """At most 300 characters of the first line that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

@@ -17,28 +17,32 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgewright.export.canonicalize import canonicalize
+from edgewright.export.conventions import (
+    BATCH_NAME,
+    CHECKED_BATCHES,
+    INPUT_NAME,
+    OUTPUT_NAME,
+    TOLERANCE,
+    check_opset,
+    first_line,
+    relative_difference,
+)
 from edgewright.runtime.errors import ExportError
 
-__all__ = ["INPUT_NAME", "OPSETS", "OUTPUT_NAME", "export_onnx"]
+__all__ = ["export_onnx"]
 
-OPSETS = range(18, 21)  # 19 brings FP16 scales for Q/DQ; the TensorRT 10.0 parser documents up to 20
-INPUT_NAME = "images"
-OUTPUT_NAME = "logits"
-BATCH_NAME = "batch"
-CHECKED_BATCHES = (1, 5)
 CHECK_SEED = 20
-TOLERANCE = 1e-4
-"""Largest difference allowed, as a share of the largest logit: float32 with sums in another order stays below 1e-5."""
 
 
 def export_onnx(model: nn.Module, input_shape: tuple[int, int, int], *, opset: int = 19) -> bytes:
     """Serialized ONNX of `model` in evaluation mode; input `[batch, C, H, W]` float32, output `[batch, classes]`.
 
+    A network without its top gives features instead, `[batch, C', H', W']`.
+
     Checked before it is returned: the ONNX checker, shape inference, and outputs equal to PyTorch's on a seeded batch
     of 1 and one of 5. Raises `ExportError`.
     """
-    if opset not in OPSETS:
-        raise ExportError(f"opset {opset} is not supported", f"choose one of {OPSETS.start} … {OPSETS.stop - 1}")
+    check_opset(opset)
     exported = _exported(model.eval(), input_shape, opset)
     canonicalize(exported)
     content: bytes = ir.to_proto(exported).SerializeToString()
@@ -64,7 +68,7 @@ def _exported(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -
             )
     except Exception as error:  # the exporter raises what the model's own code and a dozen of its layers raise
         raise ExportError(
-            f"torch.onnx.export could not export {type(model).__name__}: {_first_line(error)}",
+            f"torch.onnx.export could not export {type(model).__name__}: {first_line(error)}",
             "make forward() a function of tensors alone, without control flow that depends on their values",
         ) from error
     if program is None:
@@ -100,12 +104,15 @@ def _check_structure(content: bytes) -> None:
         # What the checker's full_check would do too; here its result is used, so it is done once.
         inferred = onnx.shape_inference.infer_shapes(content, check_type=True, strict_mode=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the exported graph is not valid ONNX: {_first_line(error)}") from error
+        raise ExportError(f"the exported graph is not valid ONNX: {first_line(error)}") from error
     (output,) = inferred.graph.output
     dims = output.type.tensor_type.shape.dim
-    if len(dims) != 2 or not dims[0].dim_param:
+    if len(dims) < 2 or not dims[0].dim_param or any(dim.dim_param for dim in dims[1:]):
         shape = [dim.dim_param or dim.dim_value for dim in dims]
-        raise ExportError(f"the output has shape {shape}, expected [batch, classes] with a dynamic batch")
+        raise ExportError(
+            f"the output has shape {shape}, expected [batch, classes], or [batch, C, H, W] of features, with a dynamic "
+            "batch and nothing else dynamic"
+        )
     if output.type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
         found = onnx.TensorProto.DataType.Name(output.type.tensor_type.elem_type)
         raise ExportError(f"the output is of type {found}, expected FLOAT", "return the logits as float32")
@@ -121,10 +128,10 @@ def _check_equal(model: nn.Module, content: bytes, input_shape: tuple[int, int, 
             (found,) = session.run(None, {INPUT_NAME: images.numpy()})
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise ExportError(
-                f"onnxruntime cannot run the exported graph at batch {batch}: {_first_line(error)}",
+                f"onnxruntime cannot run the exported graph at batch {batch}: {first_line(error)}",
                 "look for operations that depend on the batch",
             ) from error
-        difference = _relative_difference(expected, found)
+        difference = relative_difference(expected, found)
         if not difference <= TOLERANCE:  # also true for NaN
             raise ExportError(
                 f"the exported graph differs from PyTorch by {difference:.2g} of the largest logit at batch {batch}, "
@@ -143,7 +150,7 @@ def _session(content: bytes) -> Any:
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above
         raise ExportError(
-            f"onnxruntime cannot load the exported graph: {_first_line(error)}", "choose another --opset"
+            f"onnxruntime cannot load the exported graph: {first_line(error)}", "choose another --opset"
         ) from error
 
 
@@ -153,7 +160,7 @@ def _reference_logits(model: nn.Module, images: torch.Tensor) -> NDArray[np.floa
         with torch.inference_mode():
             logits = model(images)
     except Exception as error:  # whatever the model's own code raises
-        raise ExportError(f"the model cannot run a batch of {len(images)}: {_first_line(error)}") from error
+        raise ExportError(f"the model cannot run a batch of {len(images)}: {first_line(error)}") from error
     if not isinstance(logits, torch.Tensor):  # a tuple or a dictionary of one tensor passes the exporter
         raise ExportError(
             f"the model returns a {type(logits).__name__}, expected one tensor of logits",
@@ -161,14 +168,6 @@ def _reference_logits(model: nn.Module, images: torch.Tensor) -> NDArray[np.floa
         )
     array: NDArray[np.float32] = logits.numpy()
     return array
-
-
-def _relative_difference(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:
-    if expected.shape != found.shape:
-        return float("inf")
-    scale = float(np.abs(expected).max()) or 1.0
-    with np.errstate(invalid="ignore"):  # infinity minus infinity is the NaN that the caller looks for
-        return float(np.abs(expected.astype(np.float64) - found).max() / scale)
 
 
 @contextlib.contextmanager
@@ -183,11 +182,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def _first_line(error: BaseException) -> str:
-    root = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    lines = [line.strip() for line in str(root).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(root).__name__

@@ -28,6 +28,10 @@ def for_one_image(model: ir.Model, input_shape: Sequence[int] | None) -> ir.Mode
     ShapeInferencePass(check_type=False, strict_mode=False)(copy)
     for value, shape in written.items():
         value.shape = _completed(value.shape, shape, batch_names)
+    for value in image_values(copy.graph):
+        sides = list(value.shape or ())
+        if sides and not isinstance(sides[0], int):  # such as what a Range over the batch has chosen
+            value.shape = ir.Shape([1, *sides[1:]])
     if len(batches) == 1 and (batch := batches.pop()) > 1:
         for value in image_values(copy.graph):
             sides = list(value.shape or ())

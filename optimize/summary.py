@@ -183,7 +183,8 @@ def _output(node: ir.Node) -> tuple[int | None, ...] | None:
 
 def _cost(node: ir.Node, fields: Mapping[ir.Value, Reach | None], counted: set[ir.Value]) -> Cost:
     """`counted` are the constants of earlier nodes, to which those of this one are added."""
-    values = [*dict.fromkeys(v for v in node.inputs if v is not None), *(v for v in node.outputs if v.name)]
+    given = [v for v in node.inputs if v is not None and (v in fields or v.dtype != ir.DataType.INT64)]
+    values = [*given, *(output for output in node.outputs if output.name)]
     complete = node.op_type not in UNCOUNTED and node.domain in ("", "ai.onnx") and all(map(_is_known, values))
     learned = [_stored(value) for value in _learned(node, fields)]
     fresh = [value for value in dict.fromkeys(learned) if value not in counted]
@@ -264,10 +265,10 @@ def _is_known(value: ir.Value) -> bool:
 def _placed(node: ir.Node, fields: Mapping[ir.Value, Reach | None]) -> Placed:
     output, reach = node.outputs[0], fields.get(node.outputs[0])
     sides = _known(output)
-    flat = reach is None or len(sides) < 3 or len(sides) != len(reach.axes)
-    plane = (
-        1 if flat or reach is None else math.prod(side for side, axes in zip(sides, reach.axes, strict=True) if axes)
-    )
+    if reach is not None and len(reach.axes) == len(sides) > 2:
+        plane = math.prod(side for side, axes in zip(sides, reach.axes, strict=True) if axes)
+    else:
+        plane = math.prod(sides[2:])  # as if it were NCHW
     return Placed(
         module_of(_name(node)), max(plane, 1), _output(node), node.op_type in COMPUTING, node.op_type in POOLS
     )

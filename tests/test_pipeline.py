@@ -19,7 +19,9 @@ from command import run_process
 from edgewright import cli, graphs
 from edgewright.calibration.image_set import ImageSet
 from edgewright.context import DEFAULT_TARGETS
-from edgewright.export.models import MODELS, ModelEntry, resolve
+from edgewright.export.entries import ModelEntry, Task
+from edgewright.export.models import MODELS
+from edgewright.export.resolve import resolve
 from edgewright.graphs import NVIDIA_DIALECTS, Graphs
 from edgewright.optimize import dialects
 from edgewright.outcome import EngineRow, Outcome, conclusion
@@ -103,7 +105,7 @@ def test_figures_are_those_of_the_networks_own_logits(outcome: Outcome, shared_i
 
     paths = sorted(shared_images.evaluation.glob("*.png"))
     with torch.inference_mode():
-        expected = resolve("tiny").build()(torch.from_numpy(PREPROCESS.batch(paths))).numpy()
+        expected = resolve("tiny").module()(torch.from_numpy(PREPROCESS.batch(paths))).numpy()
     assert len(set(expected.argmax(1))) > 1, "the network must not always say the same"
     assert (outcome.reference.top1, outcome.reference.images, outcome.reference.labelled) == (1.0, 60, True)
     fp32, int8 = row_of(outcome, *FP32.split()), row_of(outcome, *INT8.split())
@@ -671,12 +673,17 @@ def test_a_missing_folder_is_noticed_before_the_first_stage(prove: Prove, build_
     assert not build_dir.exists()
 
 
+def with_task(entry: ModelEntry, task: Task) -> ModelEntry:
+    weights = {name: replace(weights, task=task) for name, weights in entry.weights.items()}
+    return replace(entry, task=task, weights=weights)
+
+
 def test_images_that_ship_with_the_project_are_taken_where_they_fit(
     prove: Prove, images: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entry = MODELS["tiny"]
-    shipped = {name: replace(weights, data="fashion_mnist") for name, weights in entry.weights.items()}
-    monkeypatch.setitem(MODELS, "tiny", ModelEntry(entry.summary, entry.build, shipped))
+    task = replace(entry.task, data="fashion_mnist")
+    monkeypatch.setitem(MODELS, "tiny", with_task(entry, task))
     rng = np.random.default_rng(5)
     sets = [
         ImageSet.from_array(name, rng.integers(0, 256, (count, 28, 28), np.uint8), np.arange(count) % 4)
@@ -700,9 +707,9 @@ def test_random_weights_are_noted(prove: Prove, outcome: Outcome) -> None:
 
 def test_a_size_that_depends_on_the_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = MODELS["tiny"]
-    loose = replace(entry.weights["default"], preprocess=replace(PREPROCESS, resize=16))
-    monkeypatch.setitem(MODELS, "tiny", ModelEntry(entry.summary, entry.build, {"default": loose}))
-    with pytest.raises(ModelError, match="no fixed input size; give its preprocessing a crop"):
+    loose = replace(entry.task, preprocess=replace(PREPROCESS, resize=16))
+    monkeypatch.setitem(MODELS, "tiny", with_task(entry, loose))
+    with pytest.raises(ModelError, match="tiny does not say all about its images; give --input-shape"):
         Pipeline(Options("tiny"))
 
 

@@ -194,6 +194,7 @@ class Graphs:
     @functools.cached_property
     def half(self) -> OnnxArtifact:
         """The folded graph in FP16, for NVIDIA's targets."""
+        parts = self._rewriting_parts()
         graph, file, plan_file = self.folded, "fp16.onnx", "plan-fp16.json"
 
         def make() -> Mapping[str, Any]:
@@ -209,7 +210,7 @@ class Graphs:
                 "fp32": [decision for decision in decisions if decision["precision"] == "fp32"],
             }
 
-        run = self._stage("cast fp16", self._rewriting_parts(), (file, plan_file), make)
+        run = self._stage("cast fp16", parts, (file, plan_file), make)
         return OnnxArtifact.from_json(run.facts["artifact"])
 
     def quantized(self, dialect: str) -> QuantizedArtifact:
@@ -219,6 +220,7 @@ class Graphs:
         return self._quantized[dialect]
 
     def _quantize(self, dialect: str) -> QuantizedArtifact:
+        parts = {**self._rewriting_parts(), "method": self._options.method}
         graph, file, plan_file = self.folded, f"int8-{dialect}.onnx", f"plan-{dialect}.json"
 
         def make() -> Mapping[str, Any]:
@@ -236,7 +238,6 @@ class Graphs:
                 "layers": sum(decision.operator in COMPUTE_OPERATORS for decision in result.plan.decisions),
             }
 
-        parts = {**self._rewriting_parts(), "method": self._options.method}
         if dialect in NVIDIA_DIALECTS:
             parts["remainder"] = self._options.remainder
         run = self._stage(f"quantize {dialect}", parts, (file, plan_file), make)

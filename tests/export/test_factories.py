@@ -421,9 +421,7 @@ def test_fingerprints_differ_when_and_only_when_something_does(written: Written,
 
 def test_a_helper_counts_that_no_class_comes_from(written: Written, tmp_path: Path) -> None:
     (tmp_path / "scaling.py").write_text("def scaled(x): return x * 1.0")
-    path = written(
-        "import scaling\nclass make(nn.Module):\n  def forward(self, x): return scaling.scaled(x)"
-    )
+    path = written("import scaling\nclass make(nn.Module):\n  def forward(self, x): return scaling.scaled(x)")
     first = fingerprint(path)
     (tmp_path / "scaling.py").write_text("def scaled(x): return x * 2.0")
     assert fingerprint(path) != first

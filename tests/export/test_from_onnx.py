@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
-from edgewright.export import to_onnx
-from edgewright.export.from_onnx import CHECKED_BATCHES, TOLERANCE, import_onnx, onnx_source, reference_of
-from edgewright.export.onnx_rewriting import BATCH_NAME, INPUT_NAME, OPSETS, OUTPUT_NAME
+from edgewright.export.conventions import BATCH_NAME, INPUT_NAME, OUTPUT_NAME
+from edgewright.export.from_onnx import import_onnx, onnx_source, reference_of
 from edgewright.export.resolve import ModelRequest
 from edgewright.runtime.errors import EdgewrightError, ExportError, ModelError
 from textual_graphs import normal
@@ -75,11 +74,6 @@ def expected_of(path: Path, batch: Array) -> Array:
 
 def operators(content: bytes) -> list[str]:
     return [node.op_type for node in onnx.load_from_string(content).graph.node]
-
-
-def test_the_conventions_are_those_of_our_own_exporter() -> None:
-    assert (INPUT_NAME, OUTPUT_NAME, BATCH_NAME) == (to_onnx.INPUT_NAME, to_onnx.OUTPUT_NAME, to_onnx.BATCH_NAME)
-    assert (OPSETS, CHECKED_BATCHES, TOLERANCE) == (to_onnx.OPSETS, to_onnx.CHECKED_BATCHES, to_onnx.TOLERANCE)
 
 
 @pytest.mark.parametrize("opset", [7, 9, 11, 13, 17, 19, 22])

@@ -60,7 +60,7 @@ def test_published_receptive_fields(layers: tuple[tuple[int, int], ...], field: 
     assert size(chain(*layers)) == (field, field)
 
 
-LAYERS = {
+LAYERS: dict[str, nn.Module] = {
     "plain": nn.Conv2d(2, 2, 3),
     "strided": nn.Conv2d(2, 2, 3, stride=2),
     "dilated": nn.Conv2d(2, 2, 3, dilation=3),
@@ -85,12 +85,12 @@ BODIES = {
 @pytest.mark.parametrize("first", LAYERS)
 @pytest.mark.parametrize("second", ["plain", "strided", "dilated", "asymmetric"])
 def test_is_where_the_gradient_is_not_zero(first: str, second: str) -> None:
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, layer in (("w", LAYERS[first]), ("v", LAYERS[second])):
         for parameter in layer.parameters():
             parameter.data.fill_(1.0)
         if hasattr(layer, "weight"):
-            arrays[name] = np.asarray(layer.weight.detach())
+            arrays[name] = np.asarray(layer.state_dict()["weight"])
     body = f"a = {BODIES[first] % 'x'}\ny = {BODIES[second].replace('w)', 'v)') % 'a'}"
     found = reach(graph(body, "float[N, 2, 39, 39] x", **arrays))
     assert found is not None
@@ -168,7 +168,7 @@ def test_a_matrix_product_over_channels_sees_no_more_and_one_over_the_map_sees_e
 )
 def test_what_sees_everything_and_what_does_not(body: str, expected: tuple[float, ...]) -> None:
     arrays = {"axes": np.array([3]), "s": np.ones(3, np.float32)}
-    used = {name: array for name, array in arrays.items() if f"{name}," in body or f"{name})" in body}
+    used: dict[str, Any] = {name: array for name, array in arrays.items() if f"{name}," in body or f"{name})" in body}
     assert size(graph(body, **used)) == expected
 
 
@@ -200,7 +200,7 @@ def test_channel_shuffle_keeps_height_and_width_apart() -> None:
     d = Reshape (c, flat)
     y = Conv (d, v)
     """
-    shapes = {"grouped": np.array([0, 2, 2, 8, 8]), "flat": np.array([0, 4, 8, 8])}
+    shapes: dict[str, Any] = {"grouped": np.array([0, 2, 2, 8, 8]), "flat": np.array([0, 4, 8, 8])}
     assert size(graph(body, w=(4, 3, 1, 3), v=(4, 4, 3, 1), **shapes)) == (3, 3)
 
 

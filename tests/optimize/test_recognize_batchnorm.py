@@ -15,7 +15,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from edgewright.export.to_onnx import INPUT_NAME, export_onnx
+from edgewright.export.conventions import INPUT_NAME
+from edgewright.export.to_onnx import export_onnx
 from edgewright.export.zoo.lenet import lenet_bn, lenet_bn_scratch, state_for
 from edgewright.optimize import recognize_batchnorm as module
 from edgewright.optimize.fold_batchnorm import fold_batchnorm

@@ -170,8 +170,9 @@ def test_the_model_is_left_as_it_is() -> None:
 
 def test_an_old_file_without_names_shapes_or_types() -> None:
     """Opset 9, initializers among the inputs, as files from 2019 are."""
-    model = graph("a = Conv (x, w)\nb = Relu (a)\np = GlobalAveragePool (b)\nf = Flatten (p)\ny = Gemm (f, v, c)",
-                  "float[1, 3, 8, 8] x, float[4, 3, 3, 3] w", LOGITS, opset=9, w=(4, 3, 3, 3), v=(4, 2), c=(2,))  # fmt: skip
+    body = "a = Conv (x, w)\nb = Relu (a)\np = GlobalAveragePool (b)\nf = Flatten (p)\ny = Gemm (f, v, c)"
+    inputs = "float[1, 3, 8, 8] x, float[4, 3, 3, 3] w"
+    model = graph(body, inputs, LOGITS, opset=9, w=(4, 3, 3, 3), v=(4, 2), c=(2,))
     proto = ir.to_proto(model)
     del proto.graph.value_info[:]
     for node in proto.graph.node:
@@ -196,7 +197,7 @@ def test_a_missing_image_size_is_asked_for_and_taken() -> None:
     "body", ["y = Relu (x)", "a = MatMul (v, v)\ns = ReduceSum <keepdims = 0> (a)\ny = Add (x, s)"]
 )
 def test_a_graph_without_layers_is_refused(body: str) -> None:
-    arrays = {"v": (2, 2)} if "v" in body else {}
+    arrays: dict[str, Any] = {"v": (2, 2)} if "v" in body else {}
     with pytest.raises(ModelError, match="no convolution and no matrix product that depends on its input"):
         summary(graph(body, **arrays))
 
@@ -236,8 +237,8 @@ def stages(*nodes: tuple[str, int, str]) -> list[tuple[str, list[int]]]:
 
 
 def test_a_residual_network() -> None:
-    nodes = [("conv1", 8, "c"), ("relu", 8, ""), ("maxpool", 4, "p"), ("layer1.0.conv1", 4, "c"), ("layer1.0.conv2", 4, "c"),
-             ("layer2.0.conv1", 4, "c"), ("layer2.0.conv2", 2, "c"), ("avgpool", 1, "p"), ("fc", 1, "c")]  # fmt: skip
+    nodes = [("conv1", 8, "c"), ("relu", 8, ""), ("maxpool", 4, "p"), ("layer1.0.conv1", 4, "c"),
+             ("layer1.0.conv2", 4, "c"), ("layer2.0.conv1", 4, "c"), ("layer2.0.conv2", 2, "c"), ("avgpool", 1, "p"), ("fc", 1, "c")]  # fmt: skip
     assert stages(*nodes) == [("stem", [0, 1, 2]), ("layer1", [3, 4]), ("layer2", [5, 6]), ("head", [7, 8])]
 
 
