@@ -9,7 +9,7 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help engine test lint bench train test-oldest clean
+.PHONY: help engine test lint bench zoo train test-oldest clean
 
 comma := ,
 VENV := .venv
@@ -38,6 +38,9 @@ lint: $(TEST_STAMP)  ## Style, types and the direction of imports.
 
 bench: $(TEST_STAMP)  ## The figures, side by side in one run.
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
+
+zoo: $(TEST_STAMP)  ## Every network through the pipeline; writes docs/zoo.md. Takes more than an hour.
+	$(VENV)/bin/python benchmarks/zoo.py $(ARGS)
 
 train: $(ENGINE_STAMP)  ## Train MODEL's checkpoint again, by the recipe of the one that ships.
 	$(VENV)/bin/edgewright train $(MODEL) $(ARGS)

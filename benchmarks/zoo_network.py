@@ -80,7 +80,7 @@ def measured(
     effects = list(_effects_of_dropping(module, source.input_shape))
     result = {
         "name": name,
-        "parameters": totals.parameters,
+        "parameters": sum(parameter.numel() for parameter in module.parameters()),
         "macs": totals.macs,
         "input": list(source.input_shape),
         "seconds": _seconds(pipeline.runs),

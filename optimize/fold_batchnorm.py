@@ -32,7 +32,7 @@ from edgewright.optimize.edits import add_constant, constant_tensor, label, remo
 from edgewright.optimize.passes import PassResult, Skip
 from edgewright.runtime.errors import QuantizationError
 
-__all__ = ["BN_EPSILON", "fold_batchnorm"]
+__all__ = ["BN_EPSILON", "LINEAR", "fold_batchnorm"]
 
 Float64 = NDArray[np.float64]
 

@@ -32,8 +32,8 @@ PRODUCTS = {"MatMul": (0, 1), "Gemm": (0, 1), "MatMulInteger": (0, 1), "QLinearM
 REGROUPING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 SAMPLES = {"nearest": 1, "linear": 2, "cubic": 4}  # elements that Resize reads along an axis to give one
 UNKNOWN = (
-    "Attention", "DeformConv", "Einsum", "GRU", "GatherElements", "GatherND", "GridSample", "If", "LSTM", "Loop", "NonMaxSuppression", "RNN",
-    "RoiAlign", "Scan",
+    "Attention", "DeformConv", "Einsum", "GRU", "GatherElements", "GatherND", "GridSample", "If", "LSTM", "Loop",
+    "NonMaxSuppression", "RNN", "RoiAlign", "Scan",
 )  # fmt: skip
 CHANNEL_COUNTS = (1, 3, 4)  # of an image
 

@@ -26,8 +26,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgewright.optimize.edits import add_constant, constant_tensor, label, remove_if_unused, take_over, value_names
+from edgewright.optimize.fold_batchnorm import LINEAR
 from edgewright.optimize.passes import PassResult, Skip
-from edgewright.optimize.plan import COMPUTE_OPERATORS
 
 __all__ = ["recognize_batchnorm"]
 
@@ -190,7 +190,7 @@ def _axes(value: ir.Value) -> tuple[int, int]:
     linear = value.producer()
     if linear is None:
         raise _LeftAloneError("follows a graph input, not a linear operator")
-    if linear.op_type not in (*COMPUTE_OPERATORS, "BatchNormalization") or linear.domain != "":
+    if linear.op_type not in (*LINEAR, "BatchNormalization") or linear.domain != "":
         raise _LeftAloneError(f"follows {linear.op_type}, not a linear operator")
     shape = value.shape if linear.op_type in ("MatMul", "BatchNormalization") else _output_shape(linear)
     if shape is None or shape.rank() < 2 or not isinstance(shape[1], int):

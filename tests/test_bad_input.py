@@ -88,8 +88,8 @@ def test_an_unknown_model_is_told_its_nearest_names(command: Command, name: str,
     assert f"unknown model {name!r}; did you mean {near}" in command("engine", name).error
 
 
-def test_an_unknown_model_like_none_is_told_all_names(command: Command) -> None:
-    assert "there are mobilenet_effnet_b0, efficientnet_lite0, tiny" in command("engine", "zzz").error
+def test_an_unknown_model_like_none_is_told_where_the_names_are(command: Command) -> None:
+    assert "unknown model 'zzz'; edgewright models lists those that there are" in command("engine", "zzz").error
 
 
 @pytest.fixture

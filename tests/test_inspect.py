@@ -22,9 +22,10 @@ from torchvision.models.resnet import Bottleneck
 
 from edgewright.export.to_onnx import export_onnx
 from edgewright.inspect_plot import save_plot
-from edgewright.inspect_report import in_short, inspect_document, inspect_lines, inspect_table, rows_of
+from edgewright.inspect_report import inspect_document, inspect_lines, inspect_table, rows_of
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
 from edgewright.optimize.summary import Summary, summary, total
+from edgewright.report import in_short
 from edgewright.runtime.errors import WorkspaceError
 from textual_graphs import graph
 

@@ -33,7 +33,11 @@ DATA = (
     "edgewright/py.typed",
     "edgewright/calibration/data/fashion_mnist.npz",
     "edgewright/calibration/data/LICENSE.fashion-mnist",
-    "edgewright/export/zoo/weights/mobilenet_effnet_b0.safetensors",
+    "edgewright/export/line_up.json",
+    *(
+        f"edgewright/export/zoo/weights/{name}.safetensors"
+        for name in ("lenet", "lenet_bn", "lenet_bn_scratch", "mobilenet_effnet_b0")
+    ),
 )
 NEEDED_TO_BUILD = ("pyproject.toml", "README.md", "LICENSE", "NOTICE", "src", *PACKAGES)
 ABSENT = ("torch", "torchvision", "onnx", "onnx_ir", "onnxscript", "scipy", "safetensors", "rich")
@@ -243,6 +247,8 @@ def test_base_install_has_the_command(base: Environment) -> None:
 
 
 def test_base_install_lists_the_models(base: Environment) -> None:
+    result = base.run("edgewright", "models")
+    assert (result.returncode, "mobilenet_effnet_b0" in result.stdout) == (0, True), result.stderr
     result = base.run("edgewright", "models", "--json")
     assert result.returncode == 0, result.stderr
     assert {"mobilenet_effnet_b0", "efficientnet_lite0"} <= {

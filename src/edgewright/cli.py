@@ -306,14 +306,9 @@ def run(
 @json_option
 def models(as_json: bool) -> None:
     """List the networks: parameters, MACs, input, and where their weights come from."""
-    from edgewright.models_report import models_document, models_lines, models_table
+    from edgewright.models_report import models_document, models_lines
 
-    if as_json:
-        click.echo(json.dumps(models_document(), indent=1))
-        return
-    from edgewright.console import print_listing
-
-    print_listing(models_table, models_lines())
+    click.echo(json.dumps(models_document(), indent=1) if as_json else "\n".join(models_lines()))
 
 
 @cli.command()

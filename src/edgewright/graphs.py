@@ -33,7 +33,7 @@ CODE = "graphs.py"
 CHECK_SEED = 21
 MODEL_FILE, FOLDED_FILE, CALIBRATION_FILE = "model.onnx", "folded.onnx", "calibration.json"
 NVIDIA_DIALECTS = ("tensorrt", "rtx")  # `optimize/dialects.py` imports onnx, a run in which nothing changed must not
-FOLDING_FILES = ("edits", "fold_batchnorm", "passes", "plan", "recognize_batchnorm", "verify")
+FOLDING_FILES = ("edits", "fold_batchnorm", "passes", "recognize_batchnorm", "verify")
 PLAN_SCHEMA = "edgewright.plan/1"
 
 Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -69,18 +69,10 @@ class Graphs:
 
             reference: Infer = reference_of(self._context.source.onnx)
             return reference
-        import torch
+        from edgewright.export.reference import torch_reference
 
         keep_freed_memory()
-        module = self.reference_module
-
-        def infer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-            with torch.inference_mode():
-                pixels = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
-                logits: NDArray[np.float32] = module(pixels).numpy()
-            return logits
-
-        return infer
+        return torch_reference(self.reference_module)
 
     @functools.cached_property
     def exported(self) -> OnnxArtifact:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.inspect_report import Row, in_short, rows_of
+from edgewright.inspect_report import Row, rows_of
 from edgewright.optimize.summary import Summary
+from edgewright.report import in_short
 from edgewright.runtime.errors import WorkspaceError
 from edgewright.runtime.files import write_bytes
 

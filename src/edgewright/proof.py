@@ -45,6 +45,17 @@ LATENCY_BATCH = 1
 LATENCY_SECONDS = 10.0
 LATENCY_RUNS = 200
 SEED = 21
+REFERENCE_CODE = (  # what decides which network it is, but for its weights, and runs it
+    "export/zoo",
+    *(
+        f"export/{file}.py"
+        for file in (
+            *("entries", "factories", "from_onnx", "models", "onnx_files", "onnx_header", "onnx_session"),
+            *("random_weights", "reference", "released", "resolve", "timm_models", "torchvision_models"),
+            *("user_code", "weights"),
+        )
+    ),
+)
 SIMULATED = ("fp16", "int8")
 
 Logits = NDArray[np.float32]
@@ -67,7 +78,7 @@ class Proof:
             "weights": self._context.source.fingerprint,
             "model": self._context.options.model,
             "input": str(self._context.input_shape),
-            "reference code": source_hash("graphs.py", "export"),
+            "reference code": source_hash(*REFERENCE_CODE),
             "libraries": library_versions("torch", "torchvision", "timm", "onnxruntime"),
         }
         return self._logits(

@@ -22,6 +22,7 @@ __all__ = [
     "audit_table",
     "engine_document",
     "engine_table",
+    "in_short",
     "remarks",
     "stage_document",
     "stage_line",
@@ -317,3 +318,13 @@ def stage_line(run: StageRun, note: str) -> str:
     what = "reused" if run.cached else f"{run.seconds:.1f} s"
     why = "" if run.cached or run.changed == FIRST_TIME else f"changed: {', '.join(run.changed)}"
     return "  ".join(part for part in (f"  {run.name:<29} {what:>7}", note, why) if part)
+
+
+def in_short(count: float, space: str = "") -> str:
+    """Three digits and the SI prefix: 25.6M; nothing for 0 in a table."""
+    for power, prefix in ((9, "G"), (6, "M"), (3, "k")):
+        if count >= 0.9995 * 10**power:
+            scaled = count / 10**power
+            digits = 2 if scaled < 9.995 else 1 if scaled < 99.95 else 0
+            return f"{scaled:.{digits}f}{space}{prefix}"
+    return f"{count:.0f}{space}" if count or space else ""

@@ -419,8 +419,8 @@ def raising(parts: nn.ModuleList, x: Tensor) -> Any:
         (lambda parts, x: (-pooled(parts, x).abs()).sqrt(), "differs from PyTorch by nan"),
     ],
     ids=[
-        "control flow", "raising", "tuple", "tuple of one", "dict", "fixed batch", "pairs", "no classes", "double", "random",
-        "nan",
+        "control flow", "raising", "tuple", "tuple of one", "dict", "fixed batch", "pairs", "no classes", "double",
+        "random", "nan",
     ],
 )  # fmt: skip
 def test_models_that_are_refused(

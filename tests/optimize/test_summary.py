@@ -237,8 +237,10 @@ def stages(*nodes: tuple[str, int, str]) -> list[tuple[str, list[int]]]:
 
 
 def test_a_residual_network() -> None:
-    nodes = [("conv1", 8, "c"), ("relu", 8, ""), ("maxpool", 4, "p"), ("layer1.0.conv1", 4, "c"),
-             ("layer1.0.conv2", 4, "c"), ("layer2.0.conv1", 4, "c"), ("layer2.0.conv2", 2, "c"), ("avgpool", 1, "p"), ("fc", 1, "c")]  # fmt: skip
+    stem = [("conv1", 8, "c"), ("relu", 8, ""), ("maxpool", 4, "p")]
+    first = [("layer1.0.conv1", 4, "c"), ("layer1.0.conv2", 4, "c")]
+    second = [("layer2.0.conv1", 4, "c"), ("layer2.0.conv2", 2, "c")]
+    nodes = [*stem, *first, *second, ("avgpool", 1, "p"), ("fc", 1, "c")]
     assert stages(*nodes) == [("stem", [0, 1, 2]), ("layer1", [3, 4]), ("layer2", [5, 6]), ("head", [7, 8])]
 
 
