@@ -7,6 +7,7 @@ small images (`tests/test_zoo.py`).
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -31,6 +32,7 @@ from edgewright.export.resolve import resolve
 from edgewright.optimize.summary import summary
 from edgewright.outcome import EngineRow
 from edgewright.pipeline import Options, Pipeline
+from edgewright.runtime.files import write_bytes
 from edgewright.workspace import StageRun
 
 TARGET = "sm86"
@@ -194,16 +196,15 @@ def _engine(row: EngineRow) -> dict[str, Any]:
 
 
 def _noise(folder: Path) -> Path:
-    """A folder of seeded noise images."""
+    """A folder of seeded noise images; several processes may make it, each file at once and the same."""
     images = folder / "noise"
-    if not images.is_dir():
-        partial = folder / f".noise-{SEED}-{id(images)}"
-        partial.mkdir(parents=True)
-        rng = np.random.default_rng(SEED)
-        for index in range(IMAGES):
-            pixels: NDArray[np.uint8] = rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-            Image.fromarray(pixels).save(partial / f"{index}.png")
-        partial.rename(images)
+    images.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(SEED)
+    for index in range(IMAGES):
+        pixels: NDArray[np.uint8] = rng.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, "png")
+        write_bytes(images / f"{index}.png", content.getvalue())
     return images
 
 
