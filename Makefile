@@ -42,7 +42,7 @@ bench: $(TEST_STAMP)  ## The figures, side by side in one run.
 zoo: $(TEST_STAMP)  ## Every network through the pipeline; writes docs/zoo.md. Takes more than an hour.
 	$(VENV)/bin/python benchmarks/zoo.py $(ARGS)
 
-train: $(ENGINE_STAMP)  ## Train MODEL's checkpoint again, by the recipe of the one that ships.
+train: $(ENGINE_STAMP)  ## Train MODEL on Fashion-MNIST by its recipe.
 	$(VENV)/bin/edgewright train $(MODEL) $(ARGS)
 
 test-oldest: $(OLDEST_STAMP)  ## The tests with Python 3.10, torch 2.6 and the oldest of everything else.

@@ -67,7 +67,7 @@ def main(names: Sequence[str], jobs: int, keep: bool) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(functools.partial(_result, keep=keep), names or MODELS))
-    if not names:
+    if not names and all("parameters" in result for result in results):
         _write(results, jobs)
     problems = [f"{result['name']}: {problem}" for result in results for problem in result["problems"]]
     print("\n".join(problems) or f"{len(results)} networks, nothing to object")
@@ -77,7 +77,7 @@ def main(names: Sequence[str], jobs: int, keep: bool) -> None:
 def _result(name: str, *, keep: bool) -> dict[str, Any]:
     """What was measured of a network, now or before with the same code."""
     file = FOLDER / f"{name}.json"
-    key = f"{source_hash('export', 'calibration', 'optimize', 'runtime')} {sha256_of_file(SCRIPT)} {_libraries()}"
+    key = f"{source_hash('.', 'export', 'calibration', 'optimize', 'runtime')} {sha256_of_file(SCRIPT)} {_libraries()}"
     if file.is_file():
         known: dict[str, Any] = json.loads(file.read_text())
         if known.get("key") == key or (keep and not known["problems"]):
@@ -92,7 +92,8 @@ def _result(name: str, *, keep: bool) -> dict[str, Any]:
     else:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         result = {"name": name, "problems": [last]}
-    file.write_text(json.dumps({**result, "key": key}))
+    if "parameters" in result:  # what was interrupted is tried again
+        file.write_text(json.dumps({**result, "key": key}))
     print(f"{name}: {'; '.join(result['problems']) or 'good'}", flush=True)
     return {**result, "key": key}
 
@@ -102,10 +103,9 @@ def _libraries() -> str:
 
 
 def _write(results: Sequence[dict[str, Any]], jobs: int) -> None:
-    measured = [result for result in results if "parameters" in result]
     text = INTRODUCTION.format(target="sm86", jobs=jobs, machine=machine(), libraries=_libraries())
-    DOCUMENT.write_text("\n".join([text, *_table(measured), "", *_left(measured)]) + "\n")
-    write_json(LINE_UP, {row["name"]: {key: row[key] for key in ("parameters", "macs", "input")} for row in measured})
+    DOCUMENT.write_text("\n".join([text, *_table(results), "", *_left(results)]) + "\n")
+    write_json(LINE_UP, {row["name"]: {key: row[key] for key in ("parameters", "macs", "input")} for row in results})
 
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from edgewright.export.entries import InputShape, ModelSource
@@ -11,6 +12,7 @@ from edgewright.runtime.preprocess import Preprocess
 __all__ = ["Completion", "completed"]
 
 COLOUR_OF_CHANNELS = {1: "L", 3: "RGB"}
+LARGEST_INPUT = 1 << 28  # values of one image: 1 GiB of float32
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,21 @@ def completed(source: ModelSource, said: Completion) -> ModelSource:
     """
     parts = _agreeing(_parts(source, said), source, said)
     shape = said.input_shape or _result_shape(parts) or source.input_shape
-    needed = {"--input-shape": shape, "--mean": parts.mean, "--std": parts.std, "--resize": parts.resize or parts.crop}
+    if shape is not None and math.prod(shape) > LARGEST_INPUT:
+        raise ModelError(f"images of {_times(shape)} are larger than any network takes", "correct --input-shape")
+    labels = source.labels if said.labels is None else said.labels
+    needed = {
+        "--input-shape": shape,
+        "--mean": parts.mean,
+        "--std": parts.std,
+        "--resize": parts.resize or parts.crop,
+        "--labels": labels,
+    }
     return replace(
         source,
         input_shape=shape,
         preprocess=_preprocess(parts, shape),
-        labels=source.labels if said.labels is None else said.labels,
+        labels=labels,
         missing=tuple(option for option, value in needed.items() if value is None),
     )
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewright.runtime.errors import ExportError
+from edgewright.runtime.errors import ExportError, ModelError
 
 __all__ = [
     "BATCH_NAME",
     "CHECKED_BATCHES",
+    "CHECK_SEED",
     "INPUT_NAME",
     "OPSETS",
     "OUTPUT_NAME",
     "TOLERANCE",
     "check_opset",
+    "check_size",
     "first_line",
     "relative_difference",
 ]
@@ -25,14 +30,29 @@ OUTPUT_NAME = "logits"
 BATCH_NAME = "batch"
 CHECKED_BATCHES = (1, 5)
 """The batch sizes at which a graph is compared with what it was made from."""
+CHECK_SEED = 20
 TOLERANCE = 1e-4
 """Largest difference allowed, as a share of the largest logit: float32 with sums in another order stays below 1e-5."""
+MAX_PIXELS = 1 << 26  # 8192 × 8192; Pillow takes an image of 89 million pixels for a decompression bomb
+MAX_ELEMENTS = (1 << 31) - 1  # of one tensor in TensorRT, which counts them in 32 bits; 8 GiB in float32
 
 
 def check_opset(opset: int) -> None:
     """Raises `ExportError` if graphs of that opset are not written."""
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported", f"choose one of {OPSETS.start} … {OPSETS.stop - 1}")
+
+
+def check_size(sides: Sequence[int | None], name: str) -> None:
+    """Raises `ModelError` if no image can be as large as the input `sides`, (N, C, H, W), of `name`; None is any."""
+    lengths = [side or 1 for side in sides]
+    if prod(lengths[2:]) > MAX_PIXELS or prod(lengths) > MAX_ELEMENTS:
+        written = ", ".join("?" if side is None else str(side) for side in sides)
+        raise ModelError(
+            f"{name} takes an input of shape [{written}], expected at most {MAX_PIXELS} pixels in an image and "
+            f"{MAX_ELEMENTS} numbers in all",
+            "export the graph for images of the size that it was trained on",
+        )
 
 
 def relative_difference(expected: NDArray[np.float32], found: NDArray[np.float32]) -> float:

@@ -4,14 +4,14 @@
         return nn.Sequential(nn.Flatten(), nn.Linear(784, classes))
 
 The function (a class is one too) is called once, with the options of the request, and returns an `nn.Module`, or a
-`ModelSource` that also says what images it takes and what its classes are called. Running it is running code: only name
-files that you would run yourself.
+`ModelSource` that also says what images it takes and what its classes are called. Naming a Python file runs its code,
+but for its `if __name__ == "__main__"` part: only name files that you would run yourself.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,16 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.export.entries import ModelSource
 from edgewright.export.resolve import CHECKPOINT_SUFFIXES, RANDOM_SEED, ModelRequest
-from edgewright.export.user_code import Place, UserCode, attempted, imported, modules_in, place_of
+from edgewright.export.user_code import Place, UserCode, attempted, imported, own_modules, place_of
 from edgewright.runtime.errors import ModelError
 from edgewright.runtime.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["factory_source"]
+__all__ = ["check_one_input", "factory_source"]
 
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def factory_source(request: ModelRequest) -> ModelSource:
@@ -36,11 +38,11 @@ def factory_source(request: ModelRequest) -> ModelSource:
 
     PyTorch's random numbers are seeded for the call, so that a factory without trained weights gives the same network
     each time. What the factory does not say of preprocessing, input shape and labels is None. The fingerprint is that
-    of the tensors, of the options, and of the source files of the network's classes, of the factory and of what it
-    imported from its own folder.
+    of all that the network computes with and of its outputs (see `network_fingerprint`), of the options, and of the
+    source files of all imported modules that are in no installed library.
 
     Raises `ModelError` if the code cannot be found or imported, does not take the options, raises, or gives no
-    network; and for weights other than a file, which has to fit what the factory gives.
+    network of one input; and for weights other than a file, which has to fit what the factory gives.
     """
     checkpoint = _weights_file(request)
     place = place_of(request.model)
@@ -49,10 +51,29 @@ def factory_source(request: ModelRequest) -> ModelSource:
         _check_options(place, code.value, request.options)
         given = _called(place, code.value, request.options)
         model = _module(place, given)
-        files = _files(place, code)
-    if checkpoint is not None:
-        given = _with_weights(given, model, checkpoint)
-    return _described(request, place, given, model, files)
+        check_one_input(model)
+        if checkpoint is not None:
+            given = _with_weights(given, model, checkpoint)
+        return _described(request, place, code, given, model)
+
+
+def check_one_input(model: nn.Module) -> None:
+    """Raises `ModelError` if forward() can not be called with one tensor, as far as its signature tells."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is inspect.Parameter.empty and parameter.kind not in VARIADIC
+    ]
+    if len(needed) > 1:
+        raise ModelError(
+            f"forward() takes {len(needed)} tensors: {', '.join(needed)}", "only networks of one image input are taken"
+        )
+    if not any(parameter.kind in (*POSITIONAL, inspect.Parameter.VAR_POSITIONAL) for parameter in parameters):
+        raise ModelError("forward() takes no image", "only networks of one image input are taken")
 
 
 @contextmanager
@@ -111,15 +132,16 @@ def _check_options(place: Place, factory: Callable[..., Any], options: Mapping[s
 
 
 def _called(place: Place, factory: Callable[..., Any], options: Mapping[str, Any]) -> ModelSource:
-    """What the factory gives, with its module in `build`."""
+    """What the factory gives, with its module in `build` and its labels evaluated."""
     from torch import nn
 
     def run() -> Any:
         given = factory(**options)
-        if isinstance(given, ModelSource) and given.build is not None:
-            model = given.build()
-            return replace(given, build=lambda: model)
-        return given
+        if not isinstance(given, ModelSource):
+            return given
+        build = _checked_build(place, given)
+        model = build()
+        return replace(given, build=lambda: model, labels=given.labels() if callable(given.labels) else given.labels)
 
     with _seeded():  # once more: an import may have drawn numbers, or was not needed any more
         given = attempted(f"{place.name} in {place} failed", place.folder, run)
@@ -141,17 +163,28 @@ def _module(place: Place, given: ModelSource) -> nn.Module:
     return model
 
 
-def _check_description(place: Place, given: ModelSource) -> None:
-    """Nobody but a person's own type checker has looked at these values yet."""
+def _checked_build(place: Place, given: ModelSource) -> Callable[[], Any]:
+    from torch import nn
+
     if given.onnx is not None:
         raise ModelError(f"{place.name} in {place} gives the ONNX file {given.onnx}", "name that file as the model")
+    build: Any = given.build
+    if isinstance(build, nn.Module):
+        raise ModelError(f"the build of {place.name} is a network, expected a function", "give build=lambda: net")
+    if not callable(build):
+        raise ModelError(f"the build of {place.name} is a {type(build).__name__}", "give build=lambda: net")
+    checked: Callable[[], Any] = build
+    return checked
+
+
+def _check_description(place: Place, given: ModelSource) -> None:
+    """Nobody but a person's own type checker has looked at these values yet."""
     if not isinstance(given.preprocess, Preprocess | None):
         found = type(given.preprocess).__name__
         raise ModelError(
             f"the preprocess of {place.name} is a {found}", "give an edgewright.runtime.preprocess.Preprocess"
         )
-    if isinstance(given.labels, str):
-        raise ModelError(f"the labels of {place.name} are one text, {given.labels!r}", "give a tuple of names")
+    _check_labels(place, given.labels)
     shape = given.input_shape
     if shape is None:
         return
@@ -162,6 +195,18 @@ def _check_description(place: Place, given: ModelSource) -> None:
         raise ModelError(
             f"{place.name} says an input shape of {shape}, and its preprocess gives {result}", "make them agree"
         )
+
+
+def _check_labels(place: Place, labels: Any) -> None:
+    if labels is None:
+        return
+    if isinstance(labels, str):
+        raise ModelError(f"the labels of {place.name} are one text, {labels!r}", "give a tuple of names")
+    if not isinstance(labels, Sequence):
+        raise ModelError(f"the labels of {place.name} are a {type(labels).__name__}", "give a tuple of names")
+    for label in labels:
+        if not isinstance(label, str):
+            raise ModelError(f"{label!r} of the labels of {place.name} is no text", "give a tuple of names")
 
 
 def _no_network(place: Place, given: Any) -> tuple[str, str]:
@@ -185,11 +230,10 @@ def _holds_tensors(values: Mapping[Any, Any]) -> bool:
     return any(isinstance(value, Tensor) for value in values.values()) or any(map(_holds_tensors, nested))
 
 
-def _files(place: Place, code: UserCode) -> set[Path]:
-    """The factory's source file and those of the imported modules in its folder."""
-    if code.file is None:
-        return set()
-    return {code.file, *modules_in(code.file.parent).values()}
+def _code(place: Place, code: UserCode) -> dict[str, Path]:
+    """The source files of the factory and of its helpers, by the modules' names."""
+    package = place.module.partition(".")[0]
+    return own_modules(package) | ({} if code.file is None else {place.module: code.file})
 
 
 def _with_weights(given: ModelSource, model: nn.Module, file: Path) -> ModelSource:
@@ -209,12 +253,16 @@ def _with_weights(given: ModelSource, model: nn.Module, file: Path) -> ModelSour
 
 
 def _described(
-    request: ModelRequest, place: Place, given: ModelSource, model: nn.Module, files: set[Path]
+    request: ModelRequest, place: Place, code: UserCode, given: ModelSource, model: nn.Module
 ) -> ModelSource:
     from edgewright.export.fingerprints import network_fingerprint
 
-    fingerprint = network_fingerprint(model, files, request.options)
-    model.cpu().eval()
+    shape = request.completion.input_shape or given.input_shape
+    fingerprint = attempted(
+        f"the network of {place.name} in {place} cannot be identified",
+        place.folder,
+        lambda: network_fingerprint(model, _code(place, code), request.options, shape),
+    )
     by_factory = f"the weights are what {place.name} gives" if request.weights == "default" else ""
     return replace(
         given,

@@ -15,31 +15,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewright.export.conventions import (
+    CHECK_SEED,
     CHECKED_BATCHES,
     INPUT_NAME,
     OUTPUT_NAME,
     TOLERANCE,
+    check_size,
     first_line,
     relative_difference,
 )
 from edgewright.export.entries import InputShape, ModelSource
 from edgewright.export.onnx_files import load_onnx, read_onnx
 from edgewright.export.onnx_header import Header, ends_in_softmax, foreign_domains, header_of, labels_of
-from edgewright.export.onnx_rewriting import rewritten
-from edgewright.export.onnx_session import plain_session
+from edgewright.export.onnx_session import cpu_session
 from edgewright.runtime.errors import ExportError, ModelError
 
 if TYPE_CHECKING:
     from edgewright.export.resolve import ModelRequest
 
-__all__ = ["Logits", "import_onnx", "load_onnx", "onnx_source", "reference_of"]
+__all__ = ["Logits", "check_request", "import_onnx", "onnx_source", "reference_of"]
 
 Logits = NDArray[np.float32]
 Infer = Callable[[NDArray[np.float32]], Logits]
 """Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`."""
 
-CHECK_SEED = 20
 PROBABILITIES = "the graph ends in Softmax: its outputs are probabilities, not logits (accuracy is the same)"
+
+
+def check_request(request: ModelRequest) -> None:
+    """Raises `ModelError` if `request` asks for weights or options, which no graph takes; the file is not read."""
+    if request.weights != "default":
+        raise ModelError(
+            f"{request.model} takes no weights {request.weights!r}: a graph carries its own", "leave out --weights"
+        )
+    if request.options:
+        raise ModelError(
+            f"{request.model} takes no options ({', '.join(request.options)}): it is built already", "leave them out"
+        )
 
 
 def onnx_source(request: ModelRequest) -> ModelSource:
@@ -48,37 +60,35 @@ def onnx_source(request: ModelRequest) -> ModelSource:
     Raises `ModelError` if the file cannot be trusted or read, if its graph is not one from float32 images to one
     output, or if weights or options are asked for.
     """
+    check_request(request)
     path = Path(request.model)
-    if request.weights != "default":
-        raise ModelError(f"{path} takes no weights {request.weights!r}: a graph carries its own", "leave out --weights")
-    if request.options:
-        raise ModelError(
-            f"{path} takes no options ({', '.join(request.options)}): it is built already", "leave them out"
-        )
     file = read_onnx(path)
     header = header_of(file.proto, str(path))
     if foreign_domains(file.proto):
-        plain_session(file.proto.SerializeToString(), str(path))
+        cpu_session(file.proto.SerializeToString(), str(path))
     return ModelSource(
         onnx=path,
         input_shape=header.input_shape,
         labels=labels_of(file.proto, header.classes),
         name=request.model,
         weights="in the graph",
-        fingerprint=file.fingerprint(),
+        fingerprint=file.fingerprint,
         note=PROBABILITIES if ends_in_softmax(file.proto) else "",
     )
 
 
-def import_onnx(path: Path, input_shape: InputShape, *, opset: int) -> bytes:
+def import_onnx(path: Path, input_shape: InputShape, *, opset: int, fingerprint: str = "") -> bytes:
     """Serialized ONNX of the graph in `path`, in the form that `export_onnx` writes.
 
     Input "images" `[batch, C, H, W]` float32 with a dynamic batch, output "logits" `[batch, classes]` float32 (or
     `[batch, …]` features). Checked before it is returned: the ONNX checker, and on seeded images, in a batch of 1 and
     one of 5, outputs equal to those that the file itself gives for each image alone (or in the batch that it insists
-    on). Raises `ModelError` for the file, `ExportError` if it cannot be rewritten or the rewritten graph differs.
+    on). Raises `ModelError` for the file, also if its content has another `fingerprint` than the one given, and
+    `ExportError` if it cannot be rewritten or the rewritten graph differs.
     """
-    proto = load_onnx(path)
+    from edgewright.export.onnx_rewriting import rewritten  # brings onnxscript, which reading a header does not need
+
+    proto = load_onnx(path, fingerprint=fingerprint)
     header = header_of(proto, str(path))
     for axis, (said, wanted) in enumerate(zip(header.sides[1:], input_shape, strict=True)):
         if said not in (None, wanted):
@@ -86,23 +96,25 @@ def import_onnx(path: Path, input_shape: InputShape, *, opset: int) -> bytes:
                 f"{path} takes images of {said} along {('channels', 'height', 'width')[axis]}, not {wanted}",
                 "leave out --input-shape, or export the graph for that size",
             )
-    session = plain_session(proto.SerializeToString(), str(path))
+    check_size((max(CHECKED_BATCHES), *input_shape), str(path))
+    session = cpu_session(proto.SerializeToString(), str(path))
     reference = _reference(session, header, str(path), at_once=header.batch or 1)
     content = rewritten(proto, header, input_shape, opset=opset)
     _check_equal(reference, content, header, input_shape)
     return content
 
 
-def reference_of(path: Path) -> Infer:
+def reference_of(path: Path, *, fingerprint: str = "") -> Infer:
     """The FP32 reference: the file itself, run by ONNX Runtime without optimizations on one batch after the other.
 
     It takes any number of images; a graph with a fixed batch gets them in batches of that size, the last one filled
-    up. Raises `ModelError` if the file or an image does not run.
+    up. Raises `ModelError` if the file or an image does not run, or if the content of the file has another
+    `fingerprint` than the one given.
     """
-    proto = load_onnx(path)
+    proto = load_onnx(path, fingerprint=fingerprint)
     header = header_of(proto, str(path))
     name = str(path)
-    session = plain_session(proto.SerializeToString(), name)
+    session = cpu_session(proto.SerializeToString(), name)
     whole = _reference(session, header, name, at_once=header.batch)
     one_by_one = _reference(session, header, name, at_once=1)
 
@@ -155,7 +167,7 @@ def _one_row_per_image(output: Any, count: int, name: str) -> Logits:
 
 
 def _check_equal(reference: Infer, content: bytes, header: Header, input_shape: InputShape) -> None:
-    written = plain_session(content, "the rewritten graph")
+    written = cpu_session(content, "the rewritten graph", failure=ExportError, remedy="choose another --opset")
     rng = np.random.default_rng(CHECK_SEED)
     for batch in CHECKED_BATCHES:
         images = rng.standard_normal((batch, *input_shape), np.float32)

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 
 import onnx
 
+from edgewright.export.conventions import OPSETS
 from edgewright.export.entries import InputShape
 from edgewright.runtime.errors import ModelError
 
-__all__ = ["Header", "ends_in_softmax", "foreign_domains", "header_of", "labels_of", "nodes_of"]
+__all__ = ["Header", "ends_in_softmax", "foreign_domains", "header_of", "labels_of", "opset_of"]
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+# Before 7, broadcasting was said by attributes, and the converter knows few operators; onnxruntime 1.31 loads up to 26.
+READ_OPSETS = range(7, 27)
 QUANTIZED = re.compile(
     r"(Dynamic)?QuantizeLinear|DequantizeLinear|QLinear.*|.*Integer|.*Integer(ToFloat|Bias)|.*NBits|Q[A-Z].*"
 )
@@ -55,9 +58,10 @@ class Header:
 def header_of(proto: onnx.ModelProto, name: str) -> Header:
     """The header of the model that is called `name` in messages.
 
-    Raises `ModelError` if there is more than one input or output, if the input is no float32 NCHW batch, or if the
-    graph is quantized.
+    Raises `ModelError` if the opset is out of reach, if there is more than one input or output, if the input is no
+    float32 NCHW batch, or if the graph is quantized.
     """
+    _refuse_opset(opset_of(proto), name)
     _refuse_quantized(proto, name)
     image, output = _only_input(proto.graph, name), _only_output(proto.graph, name)
     kind = image.type.tensor_type.elem_type
@@ -70,6 +74,11 @@ def header_of(proto: onnx.ModelProto, name: str) -> Header:
     batch, channels, height, width = _image_sides(image, name)
     classes = _sides(output)[1:2]
     return Header(image.name, output.name, (batch, channels, height, width), classes[0] if classes else None)
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators; 0 if the file says none."""
+    return next((entry.version for entry in proto.opset_import if entry.domain in STANDARD_DOMAINS), 0)
 
 
 def labels_of(proto: onnx.ModelProto, classes: int | None) -> tuple[str, ...] | None:
@@ -94,11 +103,11 @@ def ends_in_softmax(proto: onnx.ModelProto) -> bool:
 def foreign_domains(proto: onnx.ModelProto) -> tuple[str, ...]:
     """Domains of operators that are neither ONNX's nor defined in the file itself."""
     own = {(function.domain, function.name) for function in proto.functions}
-    used = {node.domain for node in nodes_of(proto) if (node.domain, node.op_type) not in own}
+    used = {node.domain for node in _nodes_of(proto) if (node.domain, node.op_type) not in own}
     return tuple(sorted(used.difference(STANDARD_DOMAINS)))
 
 
-def nodes_of(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+def _nodes_of(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
     """All nodes: of the graph, of its subgraphs and of the local functions."""
     yield from _nested(proto.graph.node)
     for function in proto.functions:
@@ -113,8 +122,16 @@ def _nested(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
                 yield from _nested(graph.node)
 
 
+def _refuse_opset(opset: int, name: str) -> None:
+    if opset not in READ_OPSETS:
+        raise ModelError(
+            f"{name} is of opset {opset}, expected {READ_OPSETS.start} … {READ_OPSETS.stop - 1}",
+            f"export it with opset {OPSETS.start} … {OPSETS.stop - 1}",
+        )
+
+
 def _refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
-    for node in nodes_of(proto):
+    for node in _nodes_of(proto):
         if QUANTIZED.fullmatch(node.op_type):
             raise ModelError(f"{name} is quantized already ({node.op_type} {node.name!r})", "give the float graph")
 

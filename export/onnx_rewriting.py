@@ -26,15 +26,14 @@ from onnx_ir.passes.common import (
 from onnxscript.optimizer import fold_constants
 
 from edgewright.export.canonicalize import canonicalize
-from edgewright.export.conventions import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, check_opset
+from edgewright.export.conventions import BATCH_NAME, INPUT_NAME, OUTPUT_NAME, check_opset, first_line
 from edgewright.export.entries import InputShape
-from edgewright.export.onnx_header import Header
-from edgewright.export.onnx_session import plain_session
+from edgewright.export.onnx_header import Header, opset_of
+from edgewright.export.onnx_session import cpu_session
 from edgewright.runtime.errors import ExportError
 
 __all__ = ["rewritten"]
 
-OLDEST_OPSET = 7  # before, broadcasting was said by attributes, and the converter knows few operators
 IR_VERSION = 10
 FLOATS = (None, ir.DataType.FLOAT)
 CONTROL_FLOW = ("If", "Loop", "Scan")
@@ -46,7 +45,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def rewritten(proto: onnx.ModelProto, header: Header, input_shape: InputShape, *, opset: int) -> bytes:
     """Serialized ONNX: input "images" `[batch, C, H, W]`, output "logits" with the batch as its first axis.
 
-    Nodes keep their names where those are unique. Raises `ExportError` for what cannot be converted: an old opset,
+    Nodes keep their names where those are unique. Raises `ExportError` for what cannot be converted:
     operators without a converter, control flow that depends on the image, floats other than float32.
     """
     check_opset(opset)
@@ -78,16 +77,14 @@ def _plain(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _converted(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    written = next((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    written = opset_of(proto)
     if written == opset:
         return proto
-    if written < OLDEST_OPSET:
-        raise ExportError(f"the graph is of opset {written}", f"export it with opset {OLDEST_OPSET} or later")
     try:
         return onnx.version_converter.convert_version(proto, opset)
     except Exception as error:  # the converter raises what its C++ code throws: mostly RuntimeError, also IndexError
         raise ExportError(
-            f"the graph cannot be converted from opset {written} to {opset}: {_in_one_line(error)}",
+            f"the graph cannot be converted from opset {written} to {opset}: {first_line(error)}",
             f"export it with opset {opset}",
         ) from error
 
@@ -105,13 +102,14 @@ def _shapes(proto: onnx.ModelProto) -> Shapes:
         measured = f"shape of tensor {index}"
         graph.node.append(onnx.helper.make_node("Shape", [name], [measured]))
         graph.output.append(onnx.helper.make_tensor_value_info(measured, onnx.TensorProto.INT64, (None,)))
-    zeros = np.zeros([dim.dim_value for dim in image.type.tensor_type.shape.dim], np.float32)
+    sides = tuple(dim.dim_value for dim in image.type.tensor_type.shape.dim)
     try:
-        found = plain_session(proto.SerializeToString(), "the graph").run(None, {image.name: zeros})
+        zeros = np.zeros(sides, np.float32)
+        found = cpu_session(proto.SerializeToString(), "the graph").run(None, {image.name: zeros})
     except Exception:  # the batch cannot be changed; the comparison that follows says so
         return {}
     shapes = {name: tuple(shape.tolist()) for name, shape in zip(names, found, strict=True)}
-    return {image.name: zeros.shape, **shapes}
+    return {image.name: sides, **shapes}
 
 
 def _with_input(proto: onnx.ModelProto, header: Header, shape: tuple[int | str, ...]) -> onnx.ModelProto:
@@ -308,7 +306,7 @@ def _serialized(model: ir.Model) -> bytes:
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
     except onnx.shape_inference.InferenceError as error:
-        raise ExportError(f"the shapes of the graph contradict each other: {_in_one_line(error)}") from error
+        raise ExportError(f"the shapes of the graph contradict each other: {first_line(error)}") from error
     (output,) = inferred.graph.output
     dims = output.type.tensor_type.shape.dim
     if len(dims) < 2 or output.type.tensor_type.elem_type != onnx.TensorProto.FLOAT:
@@ -320,10 +318,6 @@ def _serialized(model: ir.Model) -> bytes:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"the rewritten graph is not valid ONNX: {_in_one_line(error)}") from error
+        raise ExportError(f"the rewritten graph is not valid ONNX: {first_line(error)}") from error
     content: bytes = proto.SerializeToString()
     return content
-
-
-def _in_one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ def torch_reference(module: nn.Module) -> Infer:
     """`module`, in evaluation mode, as a function of arrays."""
 
     def infer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
+        with torch.inference_mode(), redirect_stdout(sys.stderr):  # stdout belongs to the results
             pixels = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
             logits: NDArray[np.float32] = module(pixels).numpy()
         return logits

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgewright.export.completion import Completion, completed
+from edgewright.export.conventions import first_line
 from edgewright.export.entries import Labels, ModelEntry, ModelSource, Task
 from edgewright.export.models import entry_named
 from edgewright.runtime.errors import ModelError
-from edgewright.runtime.files import sha256_of_file
+from edgewright.runtime.files import sha256_of, sha256_of_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["RANDOM_SEED", "ModelRequest", "folder_name", "resolve"]
 
 RANDOM_SEED = 0
+RESERVED_OPTIONS = ("weights", "pretrained", "num_classes", "classes", "progress", "checkpoint_path")
+PATH_LETTERS = 6
 CHECKPOINT_SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
@@ -50,10 +53,21 @@ class ModelRequest:
 
 
 def folder_name(model: str) -> str:
-    """A name for the build folder: "net" for "models/net.onnx", "net-make" for "models/net.py:make"."""
+    """A name for the build folder: "resnet18", "timm-resnet18", "net-make-1f3a9c" for "models/net.py:make".
+
+    Files are told apart by where they are: the last six letters are those of the hash of the whole path.
+    """
     place, _, factory = model.rpartition(":") if ":" in model else (model, "", "")
-    stem = Path(place).stem if place.endswith((".py", ".onnx")) else place
-    return re.sub(r"[^\w.-]+", "-", "-".join(word for word in (stem, factory) if word))
+    words = [place, factory]
+    if is_file(place):
+        path = Path(place)
+        words = [path.stem.strip("."), factory, sha256_of(str(path.resolve()).encode())[:PATH_LETTERS]]
+    return re.sub(r"[^\w.-]+", "-", "-".join(word for word in words if word))
+
+
+def is_file(place: str) -> bool:
+    """Whether that is the path of a Python file or a graph, not a name."""
+    return place.lower().endswith((".py", ".onnx"))
 
 
 def resolve(request: ModelRequest | str) -> ModelSource:
@@ -69,12 +83,14 @@ def resolve(request: ModelRequest | str) -> ModelSource:
 
 def _source(request: ModelRequest) -> ModelSource:
     model = request.model
-    if model.endswith(".onnx"):
+    if model.lower().endswith(".onnx"):
         from edgewright.export.from_onnx import onnx_source
 
         return onnx_source(request)
     kind, colon, name = model.partition(":")
-    if not colon and not model.endswith(".py"):
+    if not colon and not is_file(model):
+        if Path(model).suffix in CHECKPOINT_SUFFIXES:
+            raise ModelError(f"{model} holds weights, not a network", f"name the network: NAME --weights {model}")
         return _entry_source(request, entry_named(model))
     if kind == "torchvision":
         from edgewright.export.torchvision_models import torchvision_entry
@@ -116,7 +132,8 @@ def _named_source(request: ModelRequest, entry: ModelEntry) -> ModelSource:
         weights.load(model)
         return model
 
-    return _source_of_task(request, entry, weights.task, load, weights.summary, weights.fingerprint())
+    note = f"the weights were trained without {_in_words(request.options)}" if request.options else ""
+    return _source_of_task(request, entry, weights.task, load, weights.summary, weights.fingerprint(), note)
 
 
 def _random_source(request: ModelRequest, entry: ModelEntry) -> ModelSource:
@@ -210,15 +227,24 @@ def _labels(request: ModelRequest, entry: ModelEntry, task: Task) -> Labels:
 
 def _built(request: ModelRequest, entry: ModelEntry, classes: int) -> nn.Module:
     """The module with the options that were asked for. Raises `ModelError` if the builder does not take them."""
+    if not request.options:
+        return entry.build(classes)
+    reserved = [name for name in request.options if name in RESERVED_OPTIONS]
+    if reserved:
+        raise ModelError(f"{reserved[0]} is no option of {request.model}", "--weights says which weights and classes")
     try:
         return entry.build(classes, **request.options)
-    except TypeError as error:
-        if not request.options:
-            raise
+    except ModelError:
+        raise
+    except Exception as error:  # builders of other libraries raise whatever they like
         raise ModelError(
-            f"{request.model} cannot be built with {json.dumps(dict(request.options))}: {error}",
+            f"{request.model} cannot be built with {_in_words(request.options)}: {first_line(error)}",
             "see the network's definition for its options",
         ) from error
+
+
+def _in_words(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in options.items())
 
 
 def _with_options(fingerprint: str, request: ModelRequest) -> str:

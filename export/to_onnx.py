@@ -6,8 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx
@@ -19,6 +18,7 @@ from torch import nn
 from edgewright.export.canonicalize import canonicalize
 from edgewright.export.conventions import (
     BATCH_NAME,
+    CHECK_SEED,
     CHECKED_BATCHES,
     INPUT_NAME,
     OUTPUT_NAME,
@@ -27,11 +27,12 @@ from edgewright.export.conventions import (
     first_line,
     relative_difference,
 )
+from edgewright.export.onnx_session import cpu_session
 from edgewright.runtime.errors import ExportError
 
 __all__ = ["export_onnx"]
 
-CHECK_SEED = 20
+Sample = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 def export_onnx(model: nn.Module, input_shape: tuple[int, int, int], *, opset: int = 19) -> bytes:
@@ -43,12 +44,23 @@ def export_onnx(model: nn.Module, input_shape: tuple[int, int, int], *, opset: i
     of 1 and one of 5. Raises `ExportError`.
     """
     check_opset(opset)
-    exported = _exported(model.eval(), input_shape, opset)
+    samples = _samples(model.eval(), input_shape)  # first, since the exporter's words for what fails here are worse
+    exported = _exported(model, input_shape, opset)
     canonicalize(exported)
     content: bytes = ir.to_proto(exported).SerializeToString()
     _check_structure(content)
-    _check_equal(model, content, input_shape)
+    _check_equal(content, samples)
     return content
+
+
+def _samples(model: nn.Module, input_shape: tuple[int, int, int]) -> list[Sample]:
+    """Seeded images `[N, C, H, W]` for each batch size that is checked, and what `model` itself gives for them."""
+    generator = torch.Generator().manual_seed(CHECK_SEED)
+    samples: list[Sample] = []
+    for batch in CHECKED_BATCHES:
+        images = torch.randn((batch, *input_shape), generator=generator)
+        samples.append((images.numpy(), _reference_logits(model, images)))
+    return samples
 
 
 def _exported(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -> ir.Model:
@@ -77,11 +89,6 @@ def _exported(model: nn.Module, input_shape: tuple[int, int, int], opset: int) -
     written = exported.opset_imports.get("")
     if written != opset:
         raise ExportError(f"the exporter wrote opset {written} instead of {opset}", "choose another --opset")
-    if len(exported.graph.outputs) != 1:
-        raise ExportError(
-            f"the model returns {len(exported.graph.outputs)} tensors, expected one tensor of logits",
-            "return the logits alone in evaluation mode",
-        )
     _name_batch(exported.graph)
     return exported
 
@@ -118,14 +125,14 @@ def _check_structure(content: bytes) -> None:
         raise ExportError(f"the output is of type {found}, expected FLOAT", "return the logits as float32")
 
 
-def _check_equal(model: nn.Module, content: bytes, input_shape: tuple[int, int, int]) -> None:
-    session = _session(content)
-    generator = torch.Generator().manual_seed(CHECK_SEED)
-    for batch in CHECKED_BATCHES:
-        images = torch.randn((batch, *input_shape), generator=generator)
-        expected = _reference_logits(model, images)
+def _check_equal(content: bytes, samples: Sequence[Sample]) -> None:
+    session = cpu_session(
+        content, "the exported graph", optimized=True, failure=ExportError, remedy="choose another --opset"
+    )
+    for images, expected in samples:
+        batch = len(images)
         try:
-            (found,) = session.run(None, {INPUT_NAME: images.numpy()})
+            (found,) = session.run(None, {INPUT_NAME: images})
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise ExportError(
                 f"onnxruntime cannot run the exported graph at batch {batch}: {first_line(error)}",
@@ -140,30 +147,20 @@ def _check_equal(model: nn.Module, content: bytes, input_shape: tuple[int, int, 
             )
 
 
-def _session(content: bytes) -> Any:
-    """An onnxruntime session, which takes longer to make than to run: one serves all batches."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what matters comes as an exception
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # as above
-        raise ExportError(
-            f"onnxruntime cannot load the exported graph: {first_line(error)}", "choose another --opset"
-        ) from error
-
-
 def _reference_logits(model: nn.Module, images: torch.Tensor) -> NDArray[np.float32]:
     """What `model` itself gives for `images`, `[batch, classes]`."""
     try:
         with torch.inference_mode():
             logits = model(images)
     except Exception as error:  # whatever the model's own code raises
-        raise ExportError(f"the model cannot run a batch of {len(images)}: {first_line(error)}") from error
-    if not isinstance(logits, torch.Tensor):  # a tuple or a dictionary of one tensor passes the exporter
         raise ExportError(
-            f"the model returns a {type(logits).__name__}, expected one tensor of logits",
+            f"the model cannot run a batch of {len(images)}: {type(error).__name__}: {first_line(error)}",
+            f"it has to take images of shape {list(images.shape)}, float32",
+        ) from error
+    if not isinstance(logits, torch.Tensor):
+        many = f" of {len(logits)}" if isinstance(logits, tuple | list | dict) else ""
+        raise ExportError(
+            f"the model returns a {type(logits).__name__}{many}, expected one tensor of logits",
             "return the logits alone in evaluation mode",
         )
     array: NDArray[np.float32] = logits.numpy()

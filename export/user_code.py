@@ -1,8 +1,9 @@
 """A person's own Python, found and run: `path/to/file.py:name` and `package.module:name`.
 
 Importing a file runs it, with all rights of whoever started this process; nothing here protects from code that is
-not trusted. A file is run as `python file.py` would run it, so that it can import its neighbours; a module is found as
-`python -m` would find it, in the current folder first.
+not trusted. A file is imported, so its `if __name__ == "__main__"` part does not run; else it is in its place as with
+`python file.py`: it can import its neighbours, and there are no arguments in sys.argv. A module is found as `python -m`
+would find it, in the current folder first. What the code prints goes to stderr: stdout belongs to the results.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,11 +26,15 @@ from typing import Any, TypeVar
 from edgewright.runtime.errors import EdgewrightError, ModelError
 from edgewright.runtime.files import sha256_of
 
-__all__ = ["Place", "UserCode", "attempted", "imported", "modules_in", "place_of"]
+__all__ = ["LIBRARIES", "Place", "UserCode", "attempted", "imported", "own_modules", "place_of"]
 
 T = TypeVar("T")
 PREFIXES = ("torchvision", "timm")  # of the other forms of a model's name, for who mistypes them
 NAMES_SHOWN = 8
+LIBRARIES = ("torch", "torchvision", "timm")  # known by their version, wherever they are
+INSTALLED = tuple(f"{os.sep}{folder}{os.sep}" for folder in ("site-packages", "dist-packages"))
+STANDARD = tuple(f"{Path(folder)}{os.sep}" for folder in (sysconfig.get_path("stdlib"), Path(os.__file__).parent))
+RELATIVE_IMPORT = "attempted relative import with no known parent package"
 
 
 @dataclass(frozen=True)
@@ -88,11 +93,11 @@ def place_of(model: str) -> Place:
 
 @contextmanager
 def imported(place: Place) -> Iterator[UserCode]:
-    """Imports the place's module; its folder stays importable until the context is left.
+    """Imports the place's module; what holds for its code (see above) does so until the context is left.
 
     Raises `ModelError` if the module cannot be imported or lacks the name.
     """
-    with _importable(place.folder), _noted_siblings(place):
+    with _importable(place.folder), _without_arguments(place), redirect_stdout(sys.stderr), _noted_modules(place):
         module = attempted(f"{place} cannot be imported", place.folder, lambda: _module(place))
         if not hasattr(module, place.name):
             raise ModelError(f"{place} has no {place.name}", _nearest_names(module, place.name))
@@ -114,31 +119,27 @@ def attempted(what: str, folder: Path, run: Callable[[], T]) -> T:
         if isinstance(error, SyntaxError):  # its message alone: the place follows, as for every other error
             words = error.msg
         reason = f"{type(error).__name__}: {words}" if words else type(error).__name__
-        raise ModelError(f"{what}: {reason}{_where(error, folder)}", "correct it there") from error
+        raise ModelError(f"{what}: {reason}{_where(error, folder)}", _remedy(words)) from error
 
 
-def modules_in(folder: Path) -> dict[str, Path]:
-    """The source files of the imported modules that lie in `folder`, by the modules' names.
+def own_modules(package: str = "") -> dict[str, Path]:
+    """The source files of the imported modules that are a person's own, by the modules' names.
 
-    Installed libraries are left out though a virtual environment may be in the folder, and so is this project.
+    Left out are those of Python, of installed libraries and of this project; those of `package` count wherever it is.
     """
-    libraries = [Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")]
-    inside = tuple(_prefix(library) for library in libraries if library != folder and library.is_relative_to(folder))
     found = {}
     for name, module in list(sys.modules.items()):
         source = getattr(module, "__file__", None)
-        if source is None or name == "__main__" or name.partition(".")[0] == "edgewright":
+        top = name.partition(".")[0]
+        if not isinstance(source, str) or top in ("__main__", "edgewright", *LIBRARIES):
             continue
-        if source.startswith(_prefix(folder)) and not source.startswith(inside):  # thousands: text is quick to compare
+        installed = source.startswith(STANDARD) or any(folder in source for folder in INSTALLED)
+        if (top == package or not installed) and Path(source).is_file():
             found[name] = Path(source)
     return found
 
 
-def _prefix(folder: Path) -> str:
-    return f"{folder}{os.sep}"
-
-
-_siblings: set[str] = set()  # modules that the last file brought along
+_brought: set[str] = set()  # modules that the last file brought along
 
 
 @contextmanager
@@ -157,19 +158,30 @@ def _importable(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _noted_siblings(place: Place) -> Iterator[None]:
-    """Lets a file import its neighbours anew: those of the file before may have the same names."""
-    if place.file is None:
-        yield
-        return
-    for name in _siblings:
-        sys.modules.pop(name, None)
-    _siblings.clear()
-    before = set(sys.modules)
+def _without_arguments(place: Place) -> Iterator[None]:
+    """Hides the arguments of this process, which are not for the person's code."""
+    arguments = sys.argv
+    sys.argv = [str(place)]
     try:
         yield
     finally:
-        _siblings.update(modules_in(place.folder).keys() - before)
+        sys.argv = arguments
+
+
+@contextmanager
+def _noted_modules(place: Place) -> Iterator[None]:
+    """Lets the code import its helpers anew: those of the file before may have the same names."""
+    for name in _brought:
+        sys.modules.pop(name, None)
+    _brought.clear()
+    if place.file is None:
+        yield
+        return
+    before = set(sys.modules)
+    try:
+        yield
+    finally:  # a package that was there stays whole
+        _brought.update(name for name in own_modules() if name not in before and name.partition(".")[0] not in before)
 
 
 def _module(place: Place) -> ModuleType:
@@ -223,6 +235,12 @@ def _names_in(file: Path) -> str:
     if not names:
         return f"give {file.name}:factory; no function is defined there"
     return f"give {' or '.join(f'{file.name}:{name}' for name in names[:NAMES_SHOWN])}"
+
+
+def _remedy(words: str) -> str:
+    if words.startswith(RELATIVE_IMPORT):
+        return "a file alone is in no package: give package.module:factory, from the folder that holds the package"
+    return "correct it there"
 
 
 def _nearest_names(module: ModuleType, name: str) -> str:

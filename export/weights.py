@@ -26,8 +26,8 @@ from edgewright.runtime.preprocess import Preprocess
 
 __all__ = [
     "Checkpoint",
+    "head_names",
     "initialize_from_lite0",
-    "lite0_state",
     "lite_file",
     "lite_state",
     "load_into",
@@ -134,11 +134,6 @@ def head_names(build: Callable[[int], nn.Module]) -> tuple[str, ...]:
     return tuple(sorted(names, key=lambda name: two[name].ndim, reverse=True))
 
 
-def lite0_state() -> State:
-    """EfficientNet-Lite0's ImageNet weights under our names, as `lite_state` yields them."""
-    return lite_state("efficientnet_lite0")
-
-
 def lite_state(name: str) -> State:
     """The ImageNet weights of `efficientnet_lite0`, `_lite1` or `_lite2` from its package, under our names.
 
@@ -167,7 +162,7 @@ def initialize_from_lite0(model: EfficientNet) -> None:
     All convolutions and batch norms outside squeeze-and-excitation have equal shapes. The gates start open and the
     classifier near zero, so that the pretrained features pass unchanged at first.
     """
-    source = lite0_state()
+    source = lite_state("efficientnet_lite0")
     target = model.state_dict()
     for name in target:
         origin = _lite0_name(name, target)

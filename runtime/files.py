@@ -77,7 +77,7 @@ def read_json(path: Path) -> Any:
 def _explained(path: Path, error: OSError) -> WorkspaceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return WorkspaceError(
-            f"no space left to write {path}", "free some space and run again; finished stages are kept"
+            f"no space left to write {path}", "free some space and run again; what is finished is kept"
         )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return WorkspaceError(f"{path.parent} cannot be written ({error.strerror})", "choose another --build-dir")

@@ -421,7 +421,7 @@ def test_a_full_disk(tiny: Tiny, small_disk: Path) -> None:
     fill(small_disk / "filler")
     done = tiny()
     assert "no space left to write" in done.error
-    assert "free some space and run again; finished stages are kept" in done.error
+    assert "free some space and run again; what is finished is kept" in done.error
     assert not list(small_disk.rglob(".partial-*"))
     (small_disk / "filler").unlink()
     assert tiny().code == 0

@@ -186,7 +186,7 @@ def test_models_are_listed(command: Command) -> None:
         (ImportError("libcudart.so: cannot open"), 1, "cannot be imported: libcudart.so"),
         (MemoryError(), 1, "out of memory; use fewer --threads"),
         (OSError(28, "No space left on device", "/tmp/x"), 1, "No space left on device (/tmp/x)"),
-        (KeyboardInterrupt(), 130, "interrupted; finished stages are kept"),
+        (KeyboardInterrupt(), 130, "interrupted; what is finished is kept"),
     ],
 )
 def test_other_errors(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str) -> None:
@@ -561,7 +561,7 @@ def test_ctrl_c_in_a_stage(tiny: Tiny, build_dir: Path, monkeypatch: pytest.Monk
     stopped = tiny("engine")
     assert stopped.code == 130
     assert stopped.out == ""
-    assert stopped.err.splitlines()[-1] == "interrupted; finished stages are kept, the next run goes on"
+    assert stopped.err.splitlines()[-1] == "interrupted; what is finished is kept, the next run goes on"
     assert "Traceback" not in stopped.err
     monkeypatch.setattr(Workspace, "stage", make_stage)
     monkeypatch.setattr(os, "replace", replace)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,30 @@ def test_the_curve_counts_epochs_images_and_seconds() -> None:
     assert [row.images for row in fitted.curve] == [80, 160, 240]  # 96 are four full batches of 20
     seconds = [row.seconds for row in fitted.curve]
     assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
+def test_the_seconds_are_those_of_the_epochs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that moves by 1 s in each step, 100 s in each resize of a set, and 1,000 s after each epoch."""
+    now = 0.0
+
+    def passing(seconds: float, give: Any = None) -> Any:
+        nonlocal now
+        now += seconds
+        return give
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(training_data, "resized", lambda *given: passing(100.0, resized(*given)))
+    fitted = fit(
+        toy_net(),
+        PREPROCESS,
+        TRAINING,
+        TEST,
+        recipe=RECIPE,
+        progress=lambda done, total, text: passing(1.0),
+        after_epoch=lambda rows: passing(1000.0),
+    )
+    assert [row.seconds for row in fitted.curve] == [6.0, 12.0, 18.0]  # 96 images in batches of 16
+    assert now == 4 * 1000 + 3 * 100 + 18  # the test images, and the training images in two sizes
 
 
 def test_the_test_images_decide_nothing() -> None:
@@ -287,12 +312,22 @@ def test_the_seed_decides() -> None:
         assert_same_weights(one.model, other.model)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_the_largest_values_are_numbers_that_pytorch_takes(optimizer: str) -> None:
+    """The rate and the decay are large enough to diverge, which is said; nothing overflows on the way."""
+    huge = replace(RECIPE, optimizer=optimizer, seed=2**32 - 1)
+    assert len(fit(toy_net(), PREPROCESS, TRAINING, TEST, recipe=huge).curve) == 3
+    wild = replace(huge, peak_learning_rate=1e3, weight_decay=1e3)
+    with pytest.raises(DataError, match="the loss became"):
+        fit(toy_net(), PREPROCESS, TRAINING, TEST, recipe=wild)
+
+
 # What is refused
 
 
 def test_too_few_images_and_a_diverging_loss_are_refused() -> None:
     few = LabelledImages(TRAINING.images[:9], TRAINING.labels[:9])
-    with pytest.raises(DataError, match="fewer than one batch of 16"):
+    with pytest.raises(DataError, match="fewer than one batch of 16; take a smaller --batch-size"):
         fit(toy_net(), PREPROCESS, few, TEST, recipe=RECIPE)
     with pytest.raises(DataError, match="3 steps are too few for a schedule"):
         fit(toy_net(), PREPROCESS, TRAINING, TEST, recipe=replace(RECIPE, batch_size=96))
@@ -397,6 +432,14 @@ def test_without_augmentation_every_image_is_seen_as_it_is_once_an_epoch(augment
     theirs = {image.tobytes() for image in PREPROCESS.batch(list(TRAINING.images))}
     assert len(seen) == len(theirs) == 96
     assert ({np.ascontiguousarray(image).tobytes() for image in seen} == theirs) == (not augment)
+
+
+@pytest.mark.parametrize("threads", [-1, 1025, 10**20])
+def test_a_number_of_threads_that_no_machine_has_is_refused(threads: int) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(DataError, match=f"threads is {threads}, expected from 0 to 1024"), numerics(threads):
+        pass
+    assert torch.get_num_threads() == before
 
 
 def test_the_settings_are_restored() -> None:

@@ -703,12 +703,13 @@ def test_random_weights_are_noted(prove: Prove, outcome: Outcome) -> None:
     assert prove(weights="random").notes == ("the weights are random (seed 0): predictions mean nothing",)
 
 
-def test_a_size_that_depends_on_the_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_size_that_depends_on_the_image_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     entry = MODELS["tiny"]
     loose = replace(entry.task, preprocess=replace(PREPROCESS, resize=16))
     monkeypatch.setitem(MODELS, "tiny", with_task(entry, loose))
-    with pytest.raises(ModelError, match="tiny does not say all about its images; give --input-shape"):
-        Pipeline(Options("tiny"))
+    pipeline = Pipeline(Options("tiny", build_dir=tmp_path))
+    with pytest.raises(ModelError, match=r"tiny does not say all about its images; give --input-shape$"):
+        _ = pipeline.exported
 
 
 def test_evaluation_labels_are_those_of_the_model(prove: Prove, images: Any, tmp_path: Path) -> None:

@@ -58,6 +58,20 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def built(place: Path) -> Path:
+    """The one build folder of a Python file."""
+    (folder,) = (place / "build").glob("net-*")
+    return folder
+
+
+def test_two_files_of_one_name_have_folders_of_their_own(command: Command, place: Path) -> None:
+    (place / "other").mkdir()
+    (place / "other" / "net.py").write_text(NETWORK)
+    for model in ("net.py:make", "other/net.py:make", str(place / "net.py:make")):
+        assert command("export", model, *SHAPE).code == 0
+    assert len(list((place / "build").glob("net-make-*"))) == 2
+
+
 def test_a_factory_becomes_engines_and_its_graph_again_a_source(command: Command, place: Path, images: Any) -> None:
     (place / "labels.txt").write_text("red\ngreen\n\nblue\ngrey\n")
     said = (*SHAPE, *NORMALIZATION, "--labels", "labels.txt", *images.options, *CPU, "--json")
@@ -65,9 +79,9 @@ def test_a_factory_becomes_engines_and_its_graph_again_a_source(command: Command
     assert first.code == 0, first.err
     assert [engine["status"] for engine in first.document["engines"]] == ["verified", "verified"]
     assert "as make gives them" in first.document["weights"]
-    info = json.loads((place / "build" / "net-make" / "engines" / "onnxruntime-fp32.json").read_text())
+    info = json.loads((built(place) / "engines" / "onnxruntime-fp32.json").read_text())
     assert info["labels"] == ["red", "green", "blue", "grey"]
-    (place / "build" / "net-make" / "model.onnx").rename(place / "mine.onnx")
+    (built(place) / "model.onnx").rename(place / "mine.onnx")
     again = command("engine", "mine.onnx", *said)
     assert again.code == 0, again.err
     assert again.document["reference"] == first.document["reference"]
@@ -80,21 +94,26 @@ def test_a_factory_becomes_engines_and_its_graph_again_a_source(command: Command
 def test_a_source_that_says_all_needs_no_options(command: Command, place: Path, images: Any) -> None:
     done = command("engine", "net.py:complete", *images.options, *CPU, "--precision", "fp32", "--json")
     assert done.code == 0, done.err
-    info = json.loads((place / "build" / "net-complete" / "engines" / "onnxruntime-fp32.json").read_text())
+    info = json.loads((built(place) / "engines" / "onnxruntime-fp32.json").read_text())
     assert (info["labels"][0], info["preprocess"]["mean"]) == ("red", [0.5, 0.5, 0.5])
 
 
-@pytest.mark.parametrize("name", ["engine", "build", "calibrate", "quantize", "verify"])
-def test_what_is_missing_is_asked_for_at_once(command: Command, place: Path, images: Any, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "labels"),
+    [("engine", ", --labels"), ("verify", ", --labels"), ("build", ""), ("calibrate", ""), ("quantize", "")],
+)
+def test_what_is_missing_is_asked_for_at_once(
+    command: Command, place: Path, images: Any, name: str, labels: str
+) -> None:
     error = command(name, "net.py:make", *images.options).error
-    assert "give --input-shape, --mean, --std, --resize" in error
+    assert error.endswith(f"give --input-shape, --mean, --std, --resize{labels}")
     error = command(name, "net.py:make", *SHAPE, "--resize", "16,16", "--std", "1,1,1", *images.options).error
-    assert error.endswith("give --mean")
+    assert error.endswith(f"give --mean{labels}")
     assert not list(place.glob("build/*/model.onnx"))
 
 
 def test_a_graph_needs_no_more_than_the_shape(command: Command, place: Path) -> None:
-    assert "give --input-shape" in command("export", "net.py:make").error
+    assert command("export", "net.py:make").error.endswith("give --input-shape")
     assert command("export", "net.py:make", *SHAPE).code == 0
     folded = command("fold", "net.py:make", *SHAPE, "--json")
     assert folded.document["folded"] == 1
@@ -103,7 +122,7 @@ def test_a_graph_needs_no_more_than_the_shape(command: Command, place: Path) -> 
 def test_options_reach_the_factory(command: Command, place: Path) -> None:
     def width() -> int:
         assert command("export", "net.py:make", *SHAPE, *options, "--json").code == 0
-        weights = onnx.load(place / "build" / "net-make" / "model.onnx").graph.initializer
+        weights = onnx.load(built(place) / "model.onnx").graph.initializer
         return int(max(tensor.dims[0] for tensor in weights))
 
     options: tuple[str, ...] = ()
@@ -130,7 +149,7 @@ def test_a_changed_file_is_exported_again(command: Command, place: Path) -> None
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("net.py:TwoOutputs", "2 tensors"),
+        ("net.py:TwoOutputs", "returns a tuple of 2, expected one tensor of logits"),
         ("net.py:Loop", "could not export Loop"),
         ("net.py:mke", "make"),
         ("net.py", "net.py:"),
@@ -161,7 +180,7 @@ def test_inspect(command: Command, place: Path) -> None:
     assert (folded["schema"], folded["model"]) == ("edgewright.inspect/1", "net.py:make")
     assert folded["totals"]["parameters"] == parameters - 8
     assert folded["totals"]["macs"] == 7 * 7 * 8 * 27 + 5 * 5 * 8 * 72 + 8 * 4
-    own = command("inspect", "build/net-make/folded.onnx", "--plot", "layers.svg", "--json").document
+    own = command("inspect", built(place) / "folded.onnx", "--plot", "layers.svg", "--json").document
     assert own["totals"] == folded["totals"]
     assert xml.etree.ElementTree.parse(place / "layers.svg").getroot().tag.endswith("svg")
 

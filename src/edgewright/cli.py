@@ -224,9 +224,11 @@ def _inspected(folded: bool, **arguments: Any) -> ir.Model:
     """The graph of a person's own file as it is; of anything else, and folded, as the stages make it."""
     import onnx_ir as ir
 
-    if arguments["model"].endswith(".onnx") and not folded:
+    if arguments["model"].lower().endswith(".onnx") and not folded:
+        from edgewright.export.from_onnx import check_request
         from edgewright.export.onnx_files import load_onnx
 
+        check_request(graph_options(**arguments).request)
         return ir.from_proto(load_onnx(Path(arguments["model"])))
     from edgewright.console import ConsoleObserver
     from edgewright.pipeline import Pipeline
@@ -321,11 +323,11 @@ def models(as_json: bool) -> None:
 @click.option("--batch-size", type=click.IntRange(1))
 @click.option("--label-smoothing", type=float)
 @click.option("--augment/--no-augment", default=None, help="Flip and shift the training images.")
-@click.option("--seed", type=click.IntRange(0))
-@click.option("--size", type=click.IntRange(1), metavar="PIXELS", help="Height and width of the images.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1))
+@click.option("--size", type=click.IntRange(1, 4096), metavar="PIXELS", help="Height and width of the images.")
 @click.option("--from", "start", metavar="FILE|lite0|none", help="First weights; a head for other classes is replaced.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: PyTorch's own choice.")
+@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0: PyTorch's own choice.")
 @click.option("--data", type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's idx files.")
 @click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build"), show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
@@ -408,7 +410,7 @@ def _exit_code() -> int:
     except EdgewrightError as error:
         return _reported(error)
     except (KeyboardInterrupt, click.Abort):
-        fact, remedy = "interrupted", "finished stages are kept, the next run goes on"
+        fact, remedy = "interrupted", "what is finished is kept, the next run goes on"
         if _wants_json():
             _echo_error("Interrupted", fact, remedy)
         click.echo(f"{fact}; {remedy}", err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from edgewright.calibration.datasets import image_folder
 from edgewright.export.completion import Completion
@@ -18,10 +18,13 @@ from edgewright.runtime.preprocess import Preprocess
 from edgewright.runtime.specs import BatchProfile
 from edgewright.workspace import Observer, StageRun, Workspace, source_hash
 
-__all__ = ["DEFAULT_TARGETS", "GRAPH_LIBRARIES", "Options", "RunContext"]
+__all__ = ["DEFAULT_TARGETS", "GRAPH_LIBRARIES", "VERDICT_NEEDS", "Options", "RunContext"]
 
 DEFAULT_TARGETS = ("sm86", "sm89", "sm120")  # GeForce and RTX boxes of the last three generations
-Fact = TypeVar("Fact")
+GRAPH_NEEDS = ("--input-shape",)
+IMAGE_NEEDS = (*GRAPH_NEEDS, "--mean", "--std", "--resize")
+VERDICT_NEEDS = (*IMAGE_NEEDS, "--labels")
+"""What a person has to say, where the source does not, for a graph, for engines, and for a verdict on them."""
 GRAPH_LIBRARIES = ("onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
@@ -75,7 +78,6 @@ class RunContext:
         _check_choice("precision", options.precisions, _all("precisions"))
         _check_choice("target", options.targets, _all("targets"))
         self.source: ModelSource = resolve(options.request)
-        self.input_shape: InputShape = self._known(self.source.input_shape)
         for folder in (options.calibration, options.evaluation):
             if folder is not None:
                 image_folder(folder)  # says before the first stage what is wrong without knowing the labels
@@ -85,16 +87,24 @@ class RunContext:
         self._failed: dict[str, EdgewrightError] = {}
 
     @property
+    def input_shape(self) -> InputShape:
+        """(C, H, W) of one image. Raises `ModelError` if nobody has said it."""
+        self.ask_for(GRAPH_NEEDS)
+        assert self.source.input_shape is not None
+        return self.source.input_shape
+
+    @property
     def preprocess(self) -> Preprocess:
         """What is done to an image. Raises `ModelError` that asks for what nobody has said."""
-        return self._known(self.source.preprocess)
+        self.ask_for(IMAGE_NEEDS)
+        assert self.source.preprocess is not None
+        return self.source.preprocess
 
-    def _known(self, fact: Fact | None) -> Fact:
-        if fact is None:
-            raise ModelError(
-                f"{self.options.model} does not say all about its images", f"give {', '.join(self.source.missing)}"
-            )
-        return fact
+    def ask_for(self, needs: Sequence[str]) -> None:
+        """Raises one `ModelError` for all options in `needs` that are missing."""
+        missing = [option for option in self.source.missing if option in needs]
+        if missing:
+            raise ModelError(f"{self.options.model} does not say all about its images", f"give {', '.join(missing)}")
 
     def stage(
         self,

@@ -52,7 +52,8 @@ class CurveRow:
     * learning_rate: of the epoch's last step; loss: mean over the epoch's steps, of the network as it was in each
     * train_top1: of the (augmented) training images as they came, a fraction; test_top1: of the 10,000 test images
       after the epoch, a fraction
-    * seconds: since the start, the time between an interruption and the resumption left out
+    * seconds: spent in epochs and the tests after them since the start; resizing the images beforehand, writing files
+      and the time between an interruption and the resumption are left out
     """
 
     epoch: int

@@ -32,10 +32,11 @@ from edgewright.runtime.preprocess import Preprocess
 from edgewright.training_data import Pixels, augmented, batches, normalized, square_size, top1
 from edgewright.workspace import source_hash
 
-__all__ = ["CODE", "Fitted", "LabelledImages", "Progress", "device_named", "fit", "numerics"]
+__all__ = ["CODE", "Fitted", "LabelledImages", "MOST_THREADS", "Progress", "device_named", "fit", "numerics"]
 
 MOMENTUM = 0.9  # of SGD, Nesterov's form; usual since Sutskever et al. 2013
 DEVICES = ("cpu", "cuda")
+MOST_THREADS = 1024  # far more than help a training; PyTorch would start however many are asked for
 CODE = ("train.py", "fit.py", "training_data.py", "recipes.py", "export/zoo", "runtime/preprocess.py")
 """The sources that decide what a training gives."""
 
@@ -135,7 +136,10 @@ def numerics(threads: int = 0) -> Iterator[None]:
     """The settings under which a training can be repeated; 0 threads are as many as PyTorch takes by itself.
 
     Denormal numbers, which vanishing gradients become, slow a CPU down tenfold and change nothing: they are zero.
+    Raises `DataError` for a number of threads that no machine has.
     """
+    if not 0 <= threads <= MOST_THREADS:
+        raise DataError(f"threads is {threads}, expected from 0 to {MOST_THREADS}")
     before, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads or before)
@@ -214,7 +218,7 @@ class _Trainee:
 
 
 class _Bar:
-    """Says after every step how the epoch stands, in at most 44 columns."""
+    """Says after every step how the epoch stands, in 46 columns or fewer below 100 epochs and a loss of 100."""
 
     def __init__(self, progress: Progress, epoch: int, recipe: Recipe, steps: int, curve: Sequence[CurveRow]) -> None:
         self._progress = progress
@@ -227,7 +231,7 @@ class _Bar:
 
     @property
     def seconds(self) -> float:
-        """Since the start of the training."""
+        """Spent in epochs since the start of the training."""
         return self._seconds_before + time.monotonic() - self._began
 
     def show(self, step: int, loss: float, accuracy: float) -> None:
@@ -286,7 +290,9 @@ def _steps_per_epoch(images: int, recipe: Recipe) -> int:
     """Full batches in one pass. Raises `DataError` if there are too few for a batch or a schedule."""
     steps = images // recipe.batch_size
     if steps == 0:
-        raise DataError(f"{images} training images are fewer than one batch of {recipe.batch_size}", "give more images")
+        raise DataError(
+            f"{images} training images are fewer than one batch of {recipe.batch_size}", "take a smaller --batch-size"
+        )
     if steps * recipe.epochs * recipe.warmup_share <= 1:
         raise DataError(
             f"{steps * recipe.epochs} steps are too few for a schedule that rises and falls", "take smaller batches"

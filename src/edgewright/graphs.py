@@ -67,8 +67,7 @@ class Graphs:
         if self._context.source.onnx is not None:
             from edgewright.export.from_onnx import reference_of
 
-            reference: Infer = reference_of(self._context.source.onnx)
-            return reference
+            return reference_of(self._context.source.onnx, fingerprint=self._context.source.fingerprint)
         from edgewright.export.reference import torch_reference
 
         keep_freed_memory()
@@ -97,10 +96,10 @@ class Graphs:
             "model": self._options.model,
             "weights": source.fingerprint,
             "input": str(input_shape),
-            "labels": json.dumps(self._options.completion.labels),
+            "labels": "in the weights" if callable(source.labels) else json.dumps(source.labels),
             "opset": str(opset),
             "export code": source_hash("export", "runtime/preprocess.py"),
-            "libraries": library_versions("torch", "torchvision", *GRAPH_LIBRARIES),
+            "libraries": library_versions("torch", "torchvision", "timm", *GRAPH_LIBRARIES),
         }
         return OnnxArtifact.from_json(self._stage("export", parts, (MODEL_FILE,), make).facts)
 
@@ -109,7 +108,7 @@ class Graphs:
         if source.onnx is not None:
             from edgewright.export.from_onnx import import_onnx
 
-            return import_onnx(source.onnx, input_shape, opset=opset)
+            return import_onnx(source.onnx, input_shape, opset=opset, fingerprint=source.fingerprint)
         from edgewright.export.to_onnx import export_onnx
 
         return export_onnx(self.reference_module, input_shape, opset=opset)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgewright.context import Options, RunContext
+from edgewright.context import VERDICT_NEEDS, Options, RunContext
 from edgewright.engines import Engines
 from edgewright.graphs import Graphs
 from edgewright.outcome import EngineRow, Outcome, Reference, conclusion, target_choices
@@ -78,7 +78,7 @@ class Pipeline:
 
         Engines for a device that is not here are simulated where that says something.
         """
-        _ = self._context.preprocess
+        self._context.ask_for(VERDICT_NEEDS)
         self._graphs.check_images(calibration=self._engines.need_calibration)
         built, source = self._engines.rows, self._context.source
         expected, images = self._proof.reference, self._graphs.evaluation_images

@@ -1,12 +1,11 @@
 """How each network is trained: the hyperparameters, and which networks have any.
 
-Those of the Fashion-MNIST line-up were chosen on the last 5,000 training images, held out for it (`docs/training.md`);
-the test images had no part in it.
+The learning rates of the LeNets were chosen on the last 5,000 training images, held out for it (`docs/training.md`);
+those of the deeper networks are common values. The test images had no part in any.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,9 +14,11 @@ from edgewright.export.entries import ModelEntry
 from edgewright.export.models import MODELS, entry_named
 from edgewright.runtime.errors import DataError, ModelError
 
-__all__ = ["OPTIMIZERS", "Phase", "Recipe", "default_start", "recipe_of", "trainable"]
+__all__ = ["LARGEST_SEED", "OPTIMIZERS", "Phase", "Recipe", "default_start", "recipe_of", "trainable"]
 
 OPTIMIZERS = ("adamw", "sgd")
+LARGEST_SEED = 2**32 - 1  # what NumPy takes; an epoch's own seed, a thousand times that, is in PyTorch's 64 bits
+LARGEST_RATE = 1e3  # of learning and decay; their product must be a float32, and no training is stable at a tenth
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,14 @@ class Recipe:
     """Hyperparameters of one training run; the defaults are those of the shipped checkpoint.
 
     * phases: what image size for how long; the last one is the size that the checkpoint is for
-    * optimizer: "adamw", or "sgd" with Nesterov momentum
+    * optimizer: "adamw", whose β1 the schedule moves against the rate, from 0.95 at its lowest to 0.85 at the peak; or
+      "sgd" with Nesterov momentum of 0.9 throughout
     * peak_learning_rate, warmup_share: of the one-cycle schedule, the share of all steps that the rate rises
     * weight_decay: of matrices and filters only
     * stochastic_depth: largest probability that a residual branch is dropped, where the network has that
     * augment: flip and shift; crop_share: the largest shift as a share of the image size
     * ema_decay: of the moving average of the weights, per step; None keeps the weights of the last step
+    * seed: of the first weights and of what is random in each epoch, from 0 to 2³² − 1
 
     Raises `DataError` for values that no training can have.
     """
@@ -59,14 +62,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
             raise DataError(f"unknown optimizer {self.optimizer!r}", f"choose from {', '.join(OPTIMIZERS)}")
-        at_least = {"epochs": (self.epochs, 1), "batch size": (self.batch_size, 1), "seed": (self.seed, 0)}
-        for word, (value, least) in at_least.items():
-            if value < least:
-                raise DataError(f"{word} is {value}, expected at least {least}")
-        if not (math.isfinite(self.peak_learning_rate) and self.peak_learning_rate > 0):
-            raise DataError(f"learning rate is {self.peak_learning_rate}, expected above 0")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise DataError(f"weight decay is {self.weight_decay}, expected at least 0")
+        for word, count in (("epochs", self.epochs), ("batch size", self.batch_size)):
+            if count < 1:
+                raise DataError(f"{word} is {count}, expected at least 1")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise DataError(f"seed is {self.seed}, expected from 0 to {LARGEST_SEED}")
+        if not 0 < self.peak_learning_rate <= LARGEST_RATE:
+            raise DataError(f"learning rate is {self.peak_learning_rate}, expected above 0, at most {LARGEST_RATE:g}")
+        if not 0 <= self.weight_decay <= LARGEST_RATE:
+            raise DataError(f"weight decay is {self.weight_decay}, expected from 0 to {LARGEST_RATE:g}")
         if not 0 <= self.label_smoothing < 1:
             raise DataError(f"label smoothing is {self.label_smoothing}, expected from 0 to below 1")
 

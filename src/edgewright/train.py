@@ -26,7 +26,9 @@ from edgewright.runtime.errors import DataError, WorkspaceError
 from edgewright.training_data import Pixels, square_size, top1
 from edgewright.transfer import initialize
 
-__all__ = ["Training", "train_checkpoint"]
+__all__ = ["LARGEST_SIZE", "Training", "train_checkpoint"]
+
+LARGEST_SIZE = 4096  # pixels; of larger images a single batch fills the memory
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Training:
 
     @property
     def seconds(self) -> float:
-        """Of all epochs, the tests after them included."""
+        """Of all epochs, the tests after them included; resizing the images beforehand is not."""
         return self.curve[-1].seconds
 
 
@@ -81,8 +83,8 @@ def train_checkpoint(
     chosen = device_named(device)
     if path.suffix != ".safetensors":
         raise WorkspaceError(f"the checkpoint {path} would be a safetensors file", "name it so: FILE.safetensors")
-    if size is not None and size < 1:
-        raise DataError(f"size is {size} pixels, expected at least 1")
+    if size is not None and not 1 <= size <= LARGEST_SIZE:
+        raise DataError(f"size is {size} pixels, expected from 1 to {LARGEST_SIZE}")
     task = entry.task
     preprocess = task.preprocess if size is None else task.preprocess.with_size(size)
     pixels = square_size(preprocess)

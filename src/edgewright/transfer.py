@@ -51,11 +51,14 @@ def load_with_fresh_head(
     """Copies `state` into `model`, but keeps the model's own head if `state` has another number of classes.
 
     `build(classes)` gives the network that both are of. Returns the names of the entries that were kept.
-    Raises `ModelError`, as `load_into` does, if anything else differs.
+    Raises `ModelError`, as `load_into` does, if anything else differs: the head must be whole, and of one number of
+    classes.
     """
     own, head = model.state_dict(), head_names(build)
+    shapes = {name: value.shape for name, value in state.items() if name in head}
     theirs = _shapes_for(build, state.get(head[0]))
-    fresh = tuple(name for name in head if name in state and own[name].shape != state[name].shape == theirs.get(name))
+    other = shapes == {name: theirs.get(name) for name in head} != {name: own[name].shape for name in head}
+    fresh = head if other else ()
     load_into(model, {**state, **{name: own[name] for name in fresh}}, origin)
     return fresh
 

@@ -25,6 +25,7 @@ SAID: dict[str, dict[str, Any]] = {
     "--mean": {"mean": MEAN},
     "--std": {"std": STD},
     "--resize": {"resize": (32, 32)},
+    "--labels": {"labels": ("a", "b")},
 }
 
 
@@ -32,7 +33,7 @@ def said(**parts: Any) -> Completion:
     return Completion(**parts)
 
 
-@pytest.mark.parametrize("given", [set(c) for n in range(5) for c in itertools.combinations(SAID, n)], ids=str)
+@pytest.mark.parametrize("given", [set(c) for n in range(6) for c in itertools.combinations(SAID, n)], ids=str)
 def test_every_combination_lacks_what_was_not_said(given: set[str]) -> None:
     """The input shape follows from a resize and a normalization."""
     parts = {key: value for option in given for key, value in SAID[option].items()}
@@ -41,7 +42,7 @@ def test_every_combination_lacks_what_was_not_said(given: set[str]) -> None:
     if "--resize" in given and given & {"--mean", "--std"}:
         known.add("--input-shape")
     assert source.missing == tuple(option for option in SAID if option not in known)
-    expected = Preprocess((32, 32), None, MEAN, STD) if not source.missing else None
+    expected = Preprocess((32, 32), None, MEAN, STD) if known >= {*SAID} - {"--labels"} else None
     assert source.preprocess == expected
     assert source.input_shape == ((3, 32, 32) if "--input-shape" in known else None)
 
@@ -91,7 +92,7 @@ def test_other_channels_leave_the_normalization_open() -> None:
 
 
 def test_a_graph_says_its_shape() -> None:
-    assert completed(GRAPH, said()).missing == ("--mean", "--std", "--resize")
+    assert completed(GRAPH, said()).missing == ("--mean", "--std", "--resize", "--labels")
     source = completed(GRAPH, said(mean=MEAN, std=STD, resize=40, crop=(32, 32)))
     assert source.preprocess == replace(KNOWN, interpolation="bilinear")
     assert source.onnx == Path("net.onnx")

@@ -5,48 +5,30 @@ from __future__ import annotations
 import json
 import pickle
 import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from edgewright.export.factories import factory_source
-from edgewright.export.resolve import ModelRequest, resolve
+from edgewright.export.factories import check_one_input
+from edgewright.export.reference import torch_reference
+from edgewright.export.resolve import resolve
+from edgewright.export.user_code import own_modules
 from edgewright.runtime.errors import DataError, EdgewrightError, ModelError
 from edgewright.runtime.preprocess import Preprocess
+from user_files import Written, source_of, write_factory
 
 GREY = Preprocess((4, 4), None, (0.5,), (0.5,), colour="L")
-SOURCE = """
-from torch import nn
-from edgewright.export.entries import ModelSource
-from edgewright.runtime.preprocess import Preprocess
-GREY = Preprocess((4, 4), None, (0.5,), (0.5,), colour="L")
-def net(classes=3): return nn.Sequential(nn.Flatten(), nn.Linear(16, classes))
-"""
 
 
 @pytest.fixture
-def written(tmp_path: Path) -> Callable[[str, str], Path]:
-    """Writes `net.py`: what most need, and the lines that are given."""
-
-    def write(lines: str, name: str = "net.py") -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(SOURCE + lines)
-        return path
-
-    return write
-
-
-Written = Callable[..., Path]
-
-
-def source_of(model: object, weights: str = "default", **options: Any) -> Any:
-    return factory_source(ModelRequest(str(model), weights, options))
+def written(tmp_path: Path) -> Written:
+    return partial(write_factory, tmp_path)
 
 
 def refusal(model: object, weights: str = "default", **options: Any) -> str:
@@ -191,9 +173,39 @@ def test_no_bytecode_is_left(written: Written, tmp_path: Path, monkeypatch: pyte
     assert not sys.dont_write_bytecode
 
 
+def test_the_arguments_of_this_process_are_not_for_the_file(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["edgewright", "optimize", "--int8"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    lines = (
+        "import argparse, sys\n"
+        "parser = argparse.ArgumentParser(); parser.add_argument('--width', type=int, default=5)\n"
+        "WIDTH = parser.parse_args().width\n"
+        "def make(): assert sys.argv == [__file__]; return nn.Linear(WIDTH, 1)"
+    )
+    assert source_of(f"{written(lines)}:make").module().in_features == 5
+    assert sys.argv is arguments
+    required = written(lines.replace("default=5", "required=True"))
+    assert "cannot be imported: SystemExit: 2" in refusal(f"{required}:make")
+    assert sys.argv is arguments
+
+
+def test_what_it_prints_does_not_go_to_stdout(written: Written, capsys: pytest.CaptureFixture[str]) -> None:
+    path = written(
+        "print('import')\n"
+        "class Net(nn.Flatten):\n  def forward(self, x): print('forward'); return super().forward(x)\n"
+        "def build(): print('build'); return Net()\n"
+        "def names(): print('labels'); return ['a'] * 16\n"
+        "def make(): print('call'); return ModelSource(build=build, preprocess=GREY, labels=names)"
+    )
+    torch_reference(source_of(f"{path}:make").module())(np.zeros((1, 1, 4, 4), np.float32))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.split() == ["import", "call", "build", "labels", "forward", "forward"]
+
+
 def test_resolve_knows_the_form(written: Written) -> None:
     path = written("")
-    assert resolve(f"{path}:net").missing == ("--input-shape", "--mean", "--std", "--resize")
+    assert resolve(f"{path}:net").missing == ("--input-shape", "--mean", "--std", "--resize", "--labels")
     with pytest.raises(ModelError, match=r"which of its functions gives the network is not said; give net\.py:net"):
         resolve(str(path))
 
@@ -254,6 +266,7 @@ def test_the_factory_decides_about_weights(written: Written, weights: str) -> No
         ("raise ValueError('two\\nlines')", r"cannot be imported: ValueError: two lines \("),
         ("raise ValueError", r"cannot be imported: ValueError \("),
         ("import helper", r"cannot be imported: KeyError: 'x' \(.*helper\.py:2\)"),
+        ("from .helper import x", r"ImportError: attempted relative .*; a file alone .* give package\.module:factory"),
     ],
 )
 def test_a_file_that_cannot_be_imported(written: Written, tmp_path: Path, lines: str, said: str) -> None:
@@ -317,7 +330,14 @@ def test_a_name_that_is_no_factory(written: Written, lines: str, name: str, said
         ("ModelSource(build=lambda: None)", "gives nothing"),
         ("ModelSource(build=lambda: nn.Linear)", "gives the class Linear"),
         ("ModelSource(onnx='net.onnx')", "gives the ONNX file net.onnx; name that file as the model"),
+        ("ModelSource(build=net())", "the build of make is a network, expected a function; give build=lambda: net"),
+        ("ModelSource(build=5)", "the build of make is a int; give build=lambda: net"),
         ("ModelSource(build=net, labels='cat')", "the labels of make are one text, 'cat'"),
+        ("ModelSource(build=net, labels=lambda: 'cat')", "the labels of make are one text, 'cat'"),
+        ("ModelSource(build=net, labels=lambda: 1 / 0)", "failed: ZeroDivisionError: division by zero"),
+        ("ModelSource(build=net, labels=5)", "the labels of make are a int; give a tuple of names"),
+        ("ModelSource(build=net, labels=('a', 2, 'c'))", "2 of the labels of make is no text"),
+        ("nn.Bilinear(2, 2, 2)", "forward() takes 2 tensors: input1, input2; only networks of one image input are"),
         ("ModelSource(build=net, preprocess=(0.5,), input_shape=(1, 4, 4))", "the preprocess of make is a tuple"),
         ("ModelSource(build=net, input_shape=(4, 4))", "the input shape of make is (4, 4); give (channels,"),
         ("ModelSource(build=net, input_shape=(1, 0, 4))", "the input shape of make is (1, 0, 4)"),
@@ -354,6 +374,34 @@ def test_a_builtin_tells_nothing_about_its_arguments() -> None:
     assert "dict in builtins gives a dict, expected" in refusal("builtins:dict", classes=3)
 
 
+@pytest.mark.parametrize(
+    "parameters", ["self, x", "self, *xs", "self, x, mask=None", "self, x=None, **rest", "self, x, /"]
+)
+def test_one_input_is_enough(parameters: str) -> None:
+    check_one_input(module_with(parameters))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [("self, x, y", "2 tensors: x, y"), ("self, x, *, y", "2 tensors: x, y"), ("self", "no image")],
+)
+def test_other_inputs_are_too_many(parameters: str, said: str) -> None:
+    with pytest.raises(ModelError, match=rf"^forward\(\) takes {said}; only networks of one image input are taken$"):
+        check_one_input(module_with(parameters))
+
+
+def module_with(parameters: str) -> nn.Module:
+    names: dict[str, Any] = {}
+    exec(f"def forward({parameters}): ...", names)
+    return type("Net", (nn.Module,), {"forward": names["forward"]})()  # type: ignore[no-any-return]
+
+
+def test_labels_may_be_alike_or_none_at_all(written: Written) -> None:
+    path = written("def make(labels): return ModelSource(build=net, labels=lambda: labels)")
+    assert source_of(f"{path}:make", labels=["crane", "crane", "cat"]).class_names() == ("crane", "crane", "cat")
+    assert source_of(f"{path}:make", labels=()).class_names() == ()
+
+
 # Weights of a file
 
 
@@ -384,81 +432,13 @@ def test_a_file_has_to_fit(written: Written, tmp_path: Path) -> None:
     assert "there is no weights file" in refusal(f"{written('')}:net", str(tmp_path / "absent.pth"))
 
 
-# What identifies it
-
-
-def fingerprint(path: Path, name: str = "make", **options: Any) -> str:
-    found: str = source_of(f"{path}:{name}", **options).fingerprint
-    return found
-
-
-BLOCK = "from torch import nn\nclass Block(nn.Module):\n  def forward(self, x): return x + {}"
-MAKE = (
-    "from blocks import Block\ndef make(bias=1.0, stride=1, **rest):\n  import torch\n  model = nn.Sequential(Block(), "
-)
-MAKE += "nn.Conv2d(1, 1, 1, stride))\n  nn.init.constant_(model[1].bias, bias)\n  return model"
-
-
-def test_fingerprints_differ_when_and_only_when_something_does(written: Written, tmp_path: Path) -> None:
-    blocks = tmp_path / "blocks.py"
-    blocks.write_text(BLOCK.format(1))
-    (tmp_path / "unused.py").write_text("")
-    path = written(MAKE)
-    first = fingerprint(path)
-    (tmp_path / "unused.py").write_text("1")
-    path.touch()
-    assert fingerprint(path) == first
-    found = [first, fingerprint(path, bias=2.0), fingerprint(path, stride=2), fingerprint(path, word="other")]
-    blocks.write_text(BLOCK.format(2))  # the code of a class
-    found.append(fingerprint(path))
-    path.write_text(path.read_text() + "# ")  # the factory's own file
-    found.append(fingerprint(path))
-    assert len(set(found)) == len(found)
-    blocks.write_text(BLOCK.format(1))
-    path.write_text(SOURCE + MAKE)
-    assert fingerprint(path) == first
-
-
-def test_a_helper_counts_that_no_class_comes_from(written: Written, tmp_path: Path) -> None:
-    (tmp_path / "scaling.py").write_text("def scaled(x): return x * 1.0")
-    path = written("import scaling\nclass make(nn.Module):\n  def forward(self, x): return scaling.scaled(x)")
-    first = fingerprint(path)
-    (tmp_path / "scaling.py").write_text("def scaled(x): return x * 2.0")
-    assert fingerprint(path) != first
-
-
-def test_a_base_class_elsewhere_counts(written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = tmp_path / "library" / "fingerprinted_base.py"
-    library.parent.mkdir()
-    library.write_text(BLOCK.format(1))
-    monkeypatch.syspath_prepend(str(library.parent))
-    path = written(
-        "from fingerprinted_base import Block\nclass Net(Block): ...\ndef make(): return Net()", "own/net.py"
-    )
-    try:
-        first = fingerprint(path)
-        library.write_text(BLOCK.format(2))
-        assert fingerprint(path) != first
-    finally:
-        sys.modules.pop("fingerprinted_base", None)
-
-
-@pytest.mark.parametrize(
-    "buffer", ["'b', torch.tensor({}), persistent=False", "'b', torch.tensor({}, dtype=torch.bfloat16)"]
-)
-def test_every_buffer_counts(written: Written, buffer: str) -> None:
-    lines = "import torch\ndef make(value=1.0):\n  m = nn.Identity(); m.register_buffer(" + buffer.format("value")
-    path = written(lines + "); return m")
-    prints = {value: fingerprint(path, name="make", value=value) for value in (1.0, 2.0)}
-    assert prints[1.0] != prints[2.0]
-
-
-def test_a_network_of_a_library_alone(written: Written) -> None:
-    """Its classes' addresses are no part of it, and its files are known by their version."""
-    path = written("from functools import partial\ndef make(): return nn.Sequential(nn.SiLU(), nn.Linear(2, 2))")
-    assert fingerprint(path) == fingerprint(path)
-
-
 def test_every_error_is_ours(written: Written) -> None:
     with pytest.raises(EdgewrightError):
         source_of(f"{written('')}:absent")
+
+
+def test_own_modules_are_neither_of_libraries_nor_of_this_project() -> None:
+    found = own_modules()
+    assert {"json", "pytest", "torch.nn", "numpy", "edgewright.export.factories"} & found.keys() == set()
+    assert Path(__file__) in found.values()
+    assert "pytest" in own_modules("pytest")

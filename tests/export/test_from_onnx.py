@@ -19,9 +19,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from edgewright.export.conventions import BATCH_NAME, INPUT_NAME, OUTPUT_NAME
-from edgewright.export.from_onnx import import_onnx, onnx_source, reference_of
+from edgewright.export.from_onnx import check_request, import_onnx, onnx_source, reference_of
 from edgewright.export.resolve import ModelRequest
-from edgewright.runtime.errors import EdgewrightError, ExportError, ModelError
+from edgewright.runtime.errors import ExportError, ModelError
 from textual_graphs import normal
 from tiny_modules import TinyNetwork, randomize
 
@@ -237,13 +237,16 @@ def test_graphs_of_another_kind_are_refused(body: str, inputs: str, outputs: str
 def test_a_graph_takes_neither_weights_nor_options(request_: dict[str, Any], reason: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=reason):
         onnx_source(ModelRequest(str(written(tmp_path)), **request_))
+    with pytest.raises(ModelError, match=reason):
+        check_request(ModelRequest("absent.onnx", **request_))
+    check_request(ModelRequest("absent.onnx"))
 
 
 def test_operators_that_do_not_run_are_refused_at_once(tmp_path: Path) -> None:
     model = onnx.load(written(tmp_path))
     model.graph.node[1].domain = "ours"
     model.opset_import.append(onnx.helper.make_opsetid("ours", 1))
-    with pytest.raises(ModelError, match="onnxruntime cannot run"):
+    with pytest.raises(ModelError, match="onnxruntime cannot load"):
         onnx_source(ModelRequest(str(saved(tmp_path, model))))
 
 
@@ -272,6 +275,31 @@ def test_graphs_that_cannot_go_on_are_refused(body: str, inputs: str, reason: st
         import_onnx(written(tmp_path, body, inputs), SHAPE, opset=19)
 
 
+def test_a_file_that_changed_since_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    fingerprint = onnx_source(ModelRequest(str(path))).fingerprint
+    content = import_onnx(path, SHAPE, opset=19, fingerprint=fingerprint)
+    np.testing.assert_allclose(
+        reference_of(path, fingerprint=fingerprint)(images(2)), logits_of(content, images(2)), rtol=1e-4, atol=1e-5
+    )
+    written(tmp_path, FLAT.replace("Relu", "Sigmoid"))
+    with pytest.raises(ModelError, match="changed during the run; run again"):
+        import_onnx(path, SHAPE, opset=19, fingerprint=fingerprint)
+    with pytest.raises(ModelError, match="changed during the run; run again"):
+        reference_of(path, fingerprint=fingerprint)
+
+
+def test_images_that_are_too_large_are_refused_unmade(tmp_path: Path) -> None:
+    path = written(tmp_path, inputs="float[N,3,H,W] x")
+    with pytest.raises(ModelError, match="expected at most 67108864 pixels"):
+        import_onnx(path, (3, 1 << 40, 1 << 40), opset=19)
+
+
+def test_the_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    path = written(tmp_path).rename(tmp_path / "NET.ONNX")
+    assert onnx_source(ModelRequest(str(path))).input_shape == SHAPE
+
+
 def test_another_size_than_the_graph_takes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="takes images of 8 along width, not 9"):
         import_onnx(written(tmp_path), (3, 8, 9), opset=19)
@@ -279,9 +307,16 @@ def test_another_size_than_the_graph_takes_is_refused(tmp_path: Path) -> None:
         reference_of(written(tmp_path))(np.zeros((2, 3, 9, 9), np.float32))
 
 
-def test_opsets_out_of_reach_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EdgewrightError, match="opset 6"):
-        import_onnx(written(tmp_path, opset=6), SHAPE, opset=19)
+@pytest.mark.parametrize("opset", [5, 6, 27, 99])
+def test_opsets_out_of_reach_are_refused(opset: int, tmp_path: Path) -> None:
+    path = written(tmp_path, HEAD.replace("p =", "y ="), outputs="float[N,4,1,1] y", opset=opset)
+    reason = f"net.onnx is of opset {opset}, expected 7 … 26; export it with opset 18 … 20"
+    for read in (lambda: onnx_source(ModelRequest(str(path))), lambda: import_onnx(path, SHAPE, opset=19)):
+        with pytest.raises(ModelError, match=reason):
+            read()
+
+
+def test_an_unknown_opset_to_write_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="opset 22 is not supported"):
         import_onnx(written(tmp_path), SHAPE, opset=22)
 

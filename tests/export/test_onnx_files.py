@@ -139,6 +139,69 @@ def test_links_inside_the_folder_and_to_it_are_followed(tmp_path: Path) -> None:
     np.testing.assert_array_equal(numpy_helper.to_array(values), WEIGHT)
 
 
+def test_a_link_that_is_put_in_place_after_the_check_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "home", in_initializer(external("w.bin")))
+    data = path.parent / "w.bin"
+    data.write_bytes(WEIGHT.tobytes())
+    real_path = os.path.realpath
+
+    def swapped(place: Path, *, strict: bool = False) -> str:
+        real = real_path(place, strict=strict)
+        if Path(place).name == data.name:
+            data.unlink()
+            data.symlink_to(secret(tmp_path))
+        return real
+
+    monkeypatch.setattr(os.path, "realpath", swapped)
+    with pytest.raises(ModelError, match=r"the external data of 'w' .* cannot be opened"):
+        load_onnx(path)
+
+
+def test_a_hard_link_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "home", in_initializer(external("w.bin")))
+    os.link(secret(tmp_path), path.parent / "w.bin")
+    with pytest.raises(ModelError, match=r"hard link: the same file has 2 names.*copy the file"):
+        load_onnx(path)
+    (tmp_path / "secret.bin").unlink()
+    load_onnx(path)
+
+
+@pytest.mark.parametrize("linked", ["net.onnx", "symbolic", "hard"])
+def test_the_model_is_not_its_own_external_data(linked: str, tmp_path: Path) -> None:
+    path = written(tmp_path, in_initializer(external(linked, length="48")))
+    if linked == "symbolic":
+        (tmp_path / linked).symlink_to(path)
+    elif linked == "hard":
+        os.link(path, tmp_path / linked)
+    with pytest.raises(ModelError, match="stands in that file itself"):
+        load_onnx(path)
+
+
+@pytest.mark.parametrize(
+    ("sides", "fits"),
+    [
+        (["n", 3, 8192, 8192], True),
+        ([31, 1, 8192, 8192], True),
+        ([1, 1, 1 << 40, 1 << 40], False),
+        ([1, 1, 8192, 8193], False),
+        ([32, 1, 8192, 8192], False),
+        ([-1, 3, -1, 8192], True),
+        (["n", 1 << 32], False),
+    ],
+)
+def test_an_input_that_no_image_fills_is_refused(sides: list[int | str], fits: bool, tmp_path: Path) -> None:
+    image, output = (helper.make_tensor_value_info(name, TensorProto.FLOAT, sides) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "main", [image], [output])
+    path = written(tmp_path, helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9))
+    if fits:
+        load_onnx(path)
+        return
+    with pytest.raises(ModelError, match="expected at most 67108864 pixels in an image and 2147483647 numbers"):
+        load_onnx(path)
+
+
 def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path, in_initializer(external("w.bin")))
     os.mkfifo(tmp_path / "w.bin")  # reading it would wait for ever
@@ -222,10 +285,20 @@ def test_what_the_checker_refuses_is_refused(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_that_of_the_contents(tmp_path: Path) -> None:
     inside = written(tmp_path / "a", in_initializer(numpy_helper.from_array(WEIGHT, "w")))
-    assert read_onnx(inside).fingerprint() == "sha256:" + hashlib.sha256(inside.read_bytes()).hexdigest()
+    assert read_onnx(inside).fingerprint == "sha256:" + hashlib.sha256(inside.read_bytes()).hexdigest()
     outside = written(tmp_path / "b", in_initializer(external("secret.bin")))
     data = secret(outside.parent)
-    assert read_onnx(outside).files == (outside, data)
-    first = read_onnx(outside).fingerprint()
+    first = read_onnx(outside)
     data.write_bytes((WEIGHT + 1).tobytes())
-    assert read_onnx(outside).fingerprint() != first
+    second = read_onnx(outside)
+    assert first.fingerprint != second.fingerprint
+    assert load_onnx(outside, fingerprint=second.fingerprint) == second.proto
+    with pytest.raises(ModelError, match=r"net\.onnx changed during the run; run again"):
+        load_onnx(outside, fingerprint=first.fingerprint)
+
+
+def test_the_fingerprint_is_that_of_what_was_read(tmp_path: Path) -> None:
+    path = written(tmp_path, in_initializer(numpy_helper.from_array(WEIGHT, "w")))
+    file = read_onnx(path)
+    path.write_bytes(b"something else by now")
+    assert file.fingerprint == "sha256:" + hashlib.sha256(file.proto.SerializeToString()).hexdigest()

@@ -13,6 +13,7 @@ from edgewright.export.random_weights import disturb_statistics, is_batch_norm
 from edgewright.export.resolve import ModelRequest, resolve
 from edgewright.export.zoo.lenet import lenet_bn, lenet_bn_scratch
 from edgewright.export.zoo.residual import resnet18, resnet50
+from edgewright.runtime.errors import ModelError
 
 SHAPE = (3, 32, 32)
 TOLERANCE = 1e-4  # of the largest logit: what the fold stage lets pass
@@ -110,6 +111,26 @@ def test_the_number_of_threads_changes_nothing() -> None:
 def test_another_seed_gives_other_statistics() -> None:
     one, two = (disturbed(lambda: resnet18(10), SHAPE, seed) for seed in (0, 1))
     assert not torch.equal(one.get_buffer("bn1.running_mean"), two.get_buffer("bn1.running_mean"))
+
+
+def test_zero_biases_are_filled_and_others_are_kept() -> None:
+    empty, given = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+    assert empty.bias is not None
+    assert given.bias is not None
+    with torch.no_grad():
+        empty.bias.zero_()
+    before = given.bias.detach().clone()
+    disturb_statistics(nn.Sequential(empty, given), SHAPE, seed=0)
+    assert 0 < float(empty.bias.detach().abs().min()) < float(empty.bias.detach().abs().max()) < 0.1
+    assert torch.equal(given.bias, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 1_000_000_000, 1_000_000_000)])
+def test_images_that_do_not_fit_are_refused(shape: tuple[int, int, int]) -> None:
+    with pytest.raises(
+        ModelError, match=f"does not run on images of {shape[0]}×{shape[1]}×.*give another --input-shape"
+    ):
+        disturb_statistics(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), shape, seed=0)
 
 
 def test_a_network_without_normalization_stays_as_it_is() -> None:

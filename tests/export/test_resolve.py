@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,31 @@ def from_file(path: Path, model: str = B0, **options: Any) -> Any:
         ("resnet18", "resnet18"),
         ("torchvision:vit_b_16", "torchvision-vit_b_16"),
         ("timm:resnet18.a1_in1k", "timm-resnet18.a1_in1k"),
-        ("models/net.onnx", "net"),
-        ("../net.v2.onnx", "net.v2"),
-        ("models/net.py:make", "net-make"),
         ("package.module:make", "package.module-make"),
-        ("C:/my nets/net.py:make", "net-make"),
         ("a/b:make", "a-b-make"),
     ],
 )
 def test_build_folders_are_called(model: str, expected: str) -> None:
     assert folder_name(model) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "start"),
+    [
+        ("models/net.onnx", "net-"),
+        ("../net.v2.onnx", "net.v2-"),
+        ("NET.ONNX", "NET-"),
+        ("models/net.py:make", "net-make-"),
+        ("C:/my nets/net.py:make", "net-make-"),
+        ("...onnx", ""),
+    ],
+)
+def test_build_folders_of_files_end_in_letters_of_their_path(model: str, start: str) -> None:
+    name = folder_name(model)
+    assert re.fullmatch(f"{re.escape(start)}[0-9a-f]{{6}}", name)
+    elsewhere = Path(model.partition(":")[0]).resolve()
+    assert folder_name(str(elsewhere) + model[len(model.partition(":")[0]) :]) == name
+    assert folder_name(f"other/{model}") != name
 
 
 @pytest.mark.parametrize("model", ["torchvision:vgg11", "timm:test_byobnet"])
@@ -174,9 +190,37 @@ def test_without_a_classifier_there_are_no_labels() -> None:
 @pytest.mark.parametrize("name", ["resnet18", B0, "alexnet"])
 def test_unknown_options_are_refused(name: str) -> None:
     source = resolve(ModelRequest(name, "random", {"absent": 1}))
-    with pytest.raises(ModelError, match=f'{name} cannot be built with {{"absent": 1}}: .*absent') as caught:
+    with pytest.raises(ModelError, match=f"{name} cannot be built with absent=1: .*absent") as caught:
         source.module()
     one_line(caught)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"groups": 3}, "groups=3: "),
+        ({"replace_stride_with_dilation": [True, True, True]}, "Dilation > 1"),
+        ({"weights": "DEFAULT"}, "weights is no option of torchvision:resnet18; --weights says"),
+        ({"num_classes": 3}, "num_classes is no option of torchvision:resnet18"),
+    ],
+)
+def test_options_that_a_builder_refuses(options: dict[str, Any], words: str) -> None:
+    pytest.importorskip("torchvision")
+    with pytest.raises(ModelError, match=words) as caught:
+        resolve(ModelRequest("torchvision:resnet18", "random", options)).module()
+    one_line(caught)
+
+
+def test_named_weights_know_nothing_of_options() -> None:
+    note = resolve(ModelRequest("resnet50", "default", {"version": "v1"})).note
+    assert note == 'the weights were trained without version="v1"'
+    assert resolve("resnet50").note == ""
+
+
+@pytest.mark.parametrize("model", ["mine.pth", "weights/mine.safetensors"])
+def test_weights_are_no_network(model: str) -> None:
+    with pytest.raises(ModelError, match=f"{model} holds weights, not a network; name the network: NAME --weights"):
+        resolve(model)
 
 
 def test_options_of_no_meaning_are_refused() -> None:

@@ -407,20 +407,21 @@ def raising(parts: nn.ModuleList, x: Tensor) -> Any:
     ("function", "match"),
     [
         (control_flow, "could not export Net: .*data-dependent.*control flow"),
-        (raising, "could not export Net: .*my own"),
-        (lambda parts, x: (pooled(parts, x), x), "returns 2 tensors, expected one tensor of logits"),
-        (lambda parts, x: (pooled(parts, x),), "returns a tuple, expected one tensor of logits"),
-        (lambda parts, x: {"logits": pooled(parts, x)}, "returns a dict, expected one tensor of logits"),
-        (lambda parts, x: pooled(parts, x).view(2, 5), r"shape \[2, 5\], expected \[batch, classes\]"),
-        (lambda parts, x: pooled(parts, x).reshape(-1, 10), "cannot run a batch of 1: shape"),
+        (raising, "cannot run a batch of 1: .*my own"),
+        (lambda parts, x: (pooled(parts, x), x), "returns a tuple of 2, expected one tensor of logits"),
+        (lambda parts, x: (pooled(parts, x),), "returns a tuple of 1, expected one tensor of logits"),
+        (lambda parts, x: {"logits": pooled(parts, x)}, "returns a dict of 1, expected one tensor of logits"),
+        (lambda parts, x: pooled(parts, x).view(2, 5), r"cannot run a batch of 1: .*invalid for input of size 5"),
+        (lambda parts, x: pooled(parts, x).sum(0)[None].expand(2, 5), r"shape \[2, 5\], expected \[batch, classes\]"),
+        (lambda parts, x: pooled(parts, x).reshape(-1, 10), "cannot run a batch of 1: RuntimeError: shape"),
         (lambda parts, x: x.mean((1, 2, 3)), r"shape \['batch'\], expected \[batch, classes\]"),
         (lambda parts, x: pooled(parts, x).double(), "of type DOUBLE, expected FLOAT"),
         (lambda parts, x: pooled(parts, x) + torch.rand_like(x[:, :1, 0, 0]), r"differs from PyTorch by 0\.\d+ of"),
         (lambda parts, x: (-pooled(parts, x).abs()).sqrt(), "differs from PyTorch by nan"),
     ],
     ids=[
-        "control flow", "raising", "tuple", "tuple of one", "dict", "fixed batch", "pairs", "no classes", "double",
-        "random", "nan",
+        "control flow", "raising", "tuple", "tuple of one", "dict", "fixed batch", "mixed batch", "pairs",
+        "no classes", "double", "random", "nan",
     ],
 )  # fmt: skip
 def test_models_that_are_refused(
@@ -431,11 +432,11 @@ def test_models_that_are_refused(
 
 
 def test_a_model_for_other_images_is_refused() -> None:
-    refused(disturbed(nn.Sequential(nn.Conv2d(1, 4, 3), head(4))), "could not export Sequential: .*channels")
+    refused(disturbed(nn.Sequential(nn.Conv2d(1, 4, 3), head(4))), "cannot run a batch of 1: .*channels")
 
 
 def test_half_precision_weights_are_refused() -> None:
-    refused(disturbed(nn.Sequential(nn.Conv2d(3, 4, 3), head(4))).half(), "could not export Sequential: .*type")
+    refused(disturbed(nn.Sequential(nn.Conv2d(3, 4, 3), head(4))).half(), "cannot run a batch of 1: .*type")
 
 
 def test_a_padded_pooling_that_onnxruntime_computes_wrongly_is_refused() -> None:
