@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -92,6 +93,7 @@ def _result(name: str, *, keep: bool) -> dict[str, Any]:
     else:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         result = {"name": name, "problems": [last]}
+    shutil.rmtree(FOLDER / name, ignore_errors=True)  # a gigabyte each
     if "parameters" in result:  # what was interrupted is tried again
         file.write_text(json.dumps({**result, "key": key}))
     print(f"{name}: {'; '.join(result['problems']) or 'good'}", flush=True)

@@ -1,21 +1,34 @@
-"""A graph for a batch of one image, with the shape of each tensor."""
+"""A graph for a batch of one image, with the shape of each tensor.
+
+A fixed batch is often written into the shapes that Reshape takes, so that it cannot be made 1 and the shapes inferred
+again. They are inferred for the batch, and the axis that holds it is followed from the inputs on and divided. Reshape
+leaves the order of the elements as it is, hence the distance between two images too, by which the axis is found again.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
+from typing import NamedTuple
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, ShapeInferencePass
 
-from edgewright.optimize.receptive_field import image_values
+from edgewright.optimize.receptive_field import REGROUPING, image_values
+from edgewright.optimize.windows import WEIGHT_INPUT, summed_axes
 from edgewright.runtime.errors import ModelError
 
 __all__ = ["for_one_image", "image_inputs"]
 
+OPAQUE = ("Einsum", "GRU", "If", "LSTM", "Loop", "RNN", "Scan")
+"""Not followed: they have graphs in them, or axes in an order of their own."""
+
 
 def for_one_image(model: ir.Model, input_shape: Sequence[int] | None) -> ir.Model:
-    """A copy with all shapes for a batch of 1; a fixed batch divides the first axis of what depends on the image."""
+    """A copy with all shapes for a batch of 1.
+
+    Where the axis of a fixed batch is lost, such as behind a sum over all images, a tensor is left without a shape.
+    """
     copy = model.clone()
     if copy.functions:
         InlinePass()(copy)
@@ -32,12 +45,101 @@ def for_one_image(model: ir.Model, input_shape: Sequence[int] | None) -> ir.Mode
         sides = list(value.shape or ())
         if sides and not isinstance(sides[0], int):  # such as what a Range over the batch has chosen
             value.shape = ir.Shape([1, *sides[1:]])
-    if len(batches) == 1 and (batch := batches.pop()) > 1:
-        for value in image_values(copy.graph):
-            sides = list(value.shape or ())
-            if sides and isinstance(sides[0], int) and sides[0] % batch == 0:
-                value.shape = ir.Shape([sides[0] // batch, *sides[1:]])
+    if batches != {1}:
+        _divide_by_batch(copy.graph, max(batches, default=1))
     return copy
+
+
+class _Place(NamedTuple):
+    """Where a tensor holds the batch: in `axis`, of which `inner` elements that follow each other are of one image."""
+
+    axis: int
+    inner: int = 1
+
+
+def _divide_by_batch(graph: ir.Graph, batch: int) -> None:
+    """Leaves scalars and inputs for one image as they are, and what depends on nothing else."""
+    found: dict[ir.Value, _Place | None] = {}
+    for value in image_values(graph):
+        node, sides = value.producer(), _sides(value)
+        if node is None and sides and sides[0] > 1:
+            found[value] = _Place(0) if sides[0] == batch else None
+        elif node is not None and sides != () and _reads_images(node, found):
+            found[value] = _place_after(node, value, batch, found)
+    for value, place in found.items():
+        sides = _sides(value)
+        if sides is not None and place is not None:
+            value.shape = ir.Shape([s // batch if axis == place.axis else s for axis, s in enumerate(sides)])
+        elif value.producer() is not None:
+            value.shape = None
+
+
+def _reads_images(node: ir.Node, found: Mapping[ir.Value, _Place | None]) -> bool:
+    return node.op_type in OPAQUE or any(value in found for value in node.inputs)
+
+
+def _place_after(node: ir.Node, output: ir.Value, batch: int, found: Mapping[ir.Value, _Place | None]) -> _Place | None:
+    """Where `output` of `node` holds the batch; None if that is not known."""
+    sides = _sides(output)
+    given = [(index, value) for index, value in enumerate(node.inputs) if value is not None and value in found]
+    if sides is None or node.op_type in OPAQUE:
+        return None
+    if node.op_type in REGROUPING:
+        place, before = found[given[0][1]], _sides(given[0][1])
+        return None if place is None or before is None else _regrouped(place, before, sides, batch)
+    places = {_carried(node, index, value, found[value], sides) for index, value in given}
+    return places.pop() if len(places) == 1 else None
+
+
+def _carried(node: ir.Node, index: int, value: ir.Value, place: _Place | None, after: Sequence[int]) -> _Place | None:
+    """Where input `index` brings its batch in an output of sides `after`; the axis must be as long as it was."""
+    before = _sides(value)
+    if before is None or place is None:
+        return None
+    moved = _moved(node, index, place, len(before), len(after))
+    kept = moved is not None and 0 <= moved.axis < len(after) and after[moved.axis] == before[place.axis]
+    return moved if kept else None
+
+
+def _moved(node: ir.Node, index: int, place: _Place, before: int, after: int) -> _Place | None:
+    """Where input `index` of rank `before` brings its batch in an output of rank `after`."""
+    operator, axis = node.op_type, place.axis
+    if operator == "Transpose":
+        order = list(node.attributes.get_ints("perm", tuple(reversed(range(before)))))
+        return place._replace(axis=order.index(axis))
+    if operator in ("MatMul", "MatMulInteger", "QLinearMatMul", "Gemm"):
+        if operator == "Gemm":
+            axis = abs(node.attributes.get_int("transB" if index else "transA", 0) - axis)
+        summed = before - 1 if index == 0 else max(before - 2, 0)
+        return None if axis == summed else place._replace(axis=axis + after - before)
+    if operator == "Gather":
+        chosen = node.attributes.get_int("axis", 0)
+        if index == 1:
+            return place._replace(axis=axis + chosen % (after - before + 1))
+        chosen %= before
+        return None if axis == chosen else place._replace(axis=axis if axis < chosen else axis + after - before)
+    if operator in WEIGHT_INPUT and axis != 0:
+        return None
+    if after < before:
+        gone = summed_axes(node, before, None) or set()
+        return None if axis in gone else place._replace(axis=axis - sum(other < axis for other in gone))
+    return place._replace(axis=axis + after - before)  # broadcast, or as it was
+
+
+def _regrouped(place: _Place, before: Sequence[int], after: Sequence[int], batch: int) -> _Place | None:
+    """The one axis of the new shape that holds the batch as a whole."""
+    distance = math.prod(before[place.axis + 1 :]) * place.inner  # between two images
+    for axis, side in enumerate(after):
+        step = math.prod(after[axis + 1 :])
+        if distance % step == 0 and (side * step) % (distance * batch) == 0:
+            return _Place(axis, distance // step)
+    return None
+
+
+def _sides(value: ir.Value) -> tuple[int, ...] | None:
+    """None if one of them is not known."""
+    sides = tuple(side for side in value.shape or () if isinstance(side, int))
+    return sides if value.shape is not None and len(sides) == len(value.shape) else None
 
 
 def _completed(inferred: ir.Shape | None, written: ir.Shape | None, batch_names: Container[str]) -> ir.Shape | None:

@@ -6,9 +6,11 @@ The recurrence of Araujo, Norris and Sim, "Computing Receptive Fields of Convolu
     r_out = r_in + d · (k − 1) · j_in,    j_out = j_in · s,    r = j = 1 at the image
 
 A transposed convolution reads ⌈(d · (k − 1) + 1) / s⌉ elements and divides the jump by s; Resize divides it by its
-scale. Of several inputs the largest counts. What sums over a whole axis sees all of it, such as global pooling or a
-matrix product over a flattened map. So that a matrix product over the channels is told from one over the image
-(ConvNeXt has the former), each tensor axis knows the image axes that it runs along.
+scale. A Slice with a step s multiplies the jump by s; SpaceToDepth with blocks of b is a window and a stride of b,
+DepthToSpace divides the jump by b. Of several inputs the largest counts; slices that begin at different elements lie
+side by side, and together they see what all of them see. What sums over a whole axis sees all of it, such as global
+pooling or a matrix product over a flattened map. So that a matrix product over the channels is told from one over the
+image (ConvNeXt has the former), each tensor axis knows the image axes that it runs along.
 
 The gate of squeeze-and-excitation sees the whole image, but only scales what a channel has seen: a factor of one
 element per channel that sees everything does not count for the product.
@@ -24,10 +26,10 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from edgewright.optimize.windows import WEIGHT_INPUT, WINDOWED, Window, constant_ints, summed_axes, window_of
+
 __all__ = ["Reach", "Window", "image_values", "receptive_fields", "window_of"]
 
-WINDOWED = ("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool", "LpPool")
-WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "ConvInteger": 1, "QLinearConv": 3}
 PRODUCTS = {"MatMul": (0, 1), "Gemm": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3)}
 REGROUPING = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 SAMPLES = {"nearest": 1, "linear": 2, "cubic": 4}  # elements that Resize reads along an axis to give one
@@ -39,29 +41,20 @@ CHANNEL_COUNTS = (1, 3, 4)  # of an image
 
 
 @dataclass(frozen=True)
-class Window:
-    """What a convolution or a pooling reads, along each spatial axis; `depthwise`: one group for each channel."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int = 1
-    depthwise: bool = False
-
-
-@dataclass(frozen=True)
 class Reach:
     """What one element of a tensor sees of the image.
 
     * size: in pixels along each spatial axis of the image (height, width); infinite where it sees everything
     * jump: pixels between the windows of neighbours; of no meaning where `size` is infinite
     * axes: for each axis of the tensor, the image axes (0: height, 1: width) that it runs along
+    * phase: by how many pixels slices with a step have moved it, along each image axis
     * split: image axes that are cut into pieces, such as the windows of a Swin transformer
     """
 
     size: tuple[float, ...]
     jump: tuple[float, ...]
     axes: tuple[frozenset[int], ...]
+    phase: tuple[float, ...]
     split: frozenset[int] = frozenset()
 
     @property
@@ -94,31 +87,9 @@ def receptive_fields(graph: ir.Graph) -> dict[ir.Value, Reach | None]:
     for node in graph:
         outputs = [output for output in node.outputs if output in values]
         if outputs:
-            reach = _after(node, found)
+            reach = _after(node, found, graph.opset_imports.get(""))
             found.update((output, reach) for output in outputs)
     return found
-
-
-def window_of(node: ir.Node) -> Window | None:
-    """The window of a convolution or a pooling; None for other operators and where the kernel's shape is not known."""
-    if node.op_type not in WINDOWED:
-        return None
-    weight = node.inputs[WEIGHT_INPUT[node.op_type]] if node.op_type in WEIGHT_INPUT else None
-    shape = () if weight is None else _sides(weight)
-    kernel = tuple(node.attributes.get_ints("kernel_shape", ())) or tuple(side or 0 for side in shape or ())[2:]
-    if not kernel or not all(kernel):
-        return None
-    ones = (1,) * len(kernel)
-    groups = node.attributes.get_int("group", 1)
-    per_group = (shape or (0, 0))[0 if node.op_type == "ConvTranspose" else 1] if weight is not None else 0
-    channels = per_group if node.op_type == "ConvTranspose" else (per_group or 0) * groups
-    return Window(
-        kernel,
-        tuple(node.attributes.get_ints("strides", ones)),
-        tuple(node.attributes.get_ints("dilations", ones)),
-        groups,
-        depthwise=groups > 1 and groups == channels,
-    )
 
 
 def _pixel(image: ir.Value) -> Reach:
@@ -128,10 +99,10 @@ def _pixel(image: ir.Value) -> Reach:
     spatial = range(1, len(shape) - 1) if last else range(2, len(shape))
     ones = (1.0,) * len(spatial)
     axes = (frozenset({axis - spatial.start}) if axis in spatial else frozenset[int]() for axis in range(len(shape)))
-    return Reach(ones, ones, tuple(axes))
+    return Reach(ones, ones, tuple(axes), (0.0,) * len(spatial))
 
 
-def _after(node: ir.Node, found: Mapping[ir.Value, Reach | None]) -> Reach | None:
+def _after(node: ir.Node, found: Mapping[ir.Value, Reach | None], opset: int | None) -> Reach | None:
     """The reach of what `node` gives."""
     reaches = [found[value] for value in node.inputs if value is not None and value in found]
     known = [reach for reach in reaches if reach is not None]
@@ -145,12 +116,18 @@ def _after(node: ir.Node, found: Mapping[ir.Value, Reach | None]) -> Reach | Non
         return _regrouped(node, known[0])
     if node.op_type in ("Resize", "Upsample"):
         return _resized(node, known[0])
+    if node.op_type == "Slice":
+        return _sliced(node, known[0])
+    if node.op_type in ("SpaceToDepth", "DepthToSpace"):
+        return _rearranged(node, known[0])
     if node.op_type == "Transpose":
         return _transposed(node, known[0])
     if node.op_type == "Gather" and node.inputs[0] in found:
         return _gathered(node, known[0])
-    summed = _summed_axes(node, len(known[0].axes))
+    summed = summed_axes(node, len(known[0].axes), opset)
     if summed is None:
+        return None
+    if not summed:
         largest = _largest(_without_gates(node, found) if node.op_type == "Mul" else known)
         return largest if largest is not None and _rank(node.outputs[0]) in (None, len(largest.axes)) else None
     whole = _over_all(known[0], summed)
@@ -164,13 +141,15 @@ def _through_window(node: ir.Node, reach: Reach) -> Reach | None:
     window = window_of(node)
     if window is None or len(window.kernel) != len(reach.axes) - 2:
         return None
+    if node.op_type in WEIGHT_INPUT and reach.axes[1]:  # pieces of the image among the channels that it sums over
+        return None
     size, jump = list(reach.size), list(reach.jump)
     for axes, kernel, stride, dilation in zip(
         reach.axes[2:], window.kernel, window.stride, window.dilation, strict=True
     ):
         extent = dilation * (kernel - 1) + 1
         for axis in axes:
-            if len(axes) > 1 and extent > 1:  # height and width in one axis: a window there is none in the image
+            if extent > 1 and (len(axes) > 1 or axis in reach.split):  # neighbours there are none in the image
                 return None
             if node.op_type == "ConvTranspose":
                 size[axis] += (math.ceil(extent / stride) - 1) * jump[axis]
@@ -200,6 +179,42 @@ def _through_product(node: ir.Node, found: Mapping[ir.Value, Reach | None]) -> R
     largest = _largest(parts) if parts else None
     rank = _rank(node.outputs[0])
     return largest if largest is None or rank in (None, len(largest.axes)) else None
+
+
+def _sliced(node: ir.Node, reach: Reach) -> Reach | None:
+    """Every so manieth element; None if that cannot be told for an axis that runs along the image."""
+    if len(node.inputs) < 5 or node.inputs[4] is None:  # no steps, as before opset 10
+        return reach
+    starts, steps, before = constant_ints(node, 1), constant_ints(node, 4), _sides(node.inputs[0])
+    axes = constant_ints(node, 3) if node.inputs[3] is not None else tuple(range(len(steps or ())))
+    if starts is None or steps is None or axes is None:
+        return None
+    jump, phase = list(reach.jump), list(reach.phase)
+    for tensor_axis, start, step in zip(axes, starts, steps, strict=True):
+        along, side = reach.axes[tensor_axis], before[tensor_axis] if before is not None else None
+        if step == 1 or not along:
+            continue
+        if step < 0 or len(along) > 1 or along & reach.split or (start < 0 and side is None):
+            return None
+        for axis in along:
+            phase[axis] += (start + (side or 0 if start < 0 else 0)) % step * jump[axis]
+            jump[axis] *= step
+    return replace(reach, jump=tuple(jump), phase=tuple(phase))
+
+
+def _rearranged(node: ir.Node, reach: Reach) -> Reach | None:
+    """SpaceToDepth puts the pixels of a block into the channels of one element, DepthToSpace the other way around."""
+    block = node.attributes.get_int("blocksize")
+    size, jump = list(reach.size), list(reach.jump)
+    if any(len(along) > 1 or along & reach.split for along in reach.axes) or reach.axes[1]:
+        return None
+    for axis in frozenset[int]().union(*reach.axes[2:]):
+        if node.op_type == "SpaceToDepth":
+            size[axis] += (block - 1) * jump[axis]
+            jump[axis] *= block
+        else:
+            jump[axis] /= block
+    return replace(reach, size=tuple(size), jump=tuple(jump))
 
 
 def _transposed(node: ir.Node, reach: Reach) -> Reach | None:
@@ -265,30 +280,6 @@ def _gathered(node: ir.Node, reach: Reach) -> Reach | None:
     return replace(reach, axes=reach.axes[:axis] + (reach.axes[axis],) * rank + reach.axes[axis + 1 :])
 
 
-def _summed_axes(node: ir.Node, rank: int) -> set[int] | None:
-    """The axes over the whole of which an operator sums, normalizes or chooses; None if it does nothing of that."""
-    operator = node.op_type
-    if operator.startswith("Global") or operator in ("InstanceNormalization", "MeanVarianceNormalization"):
-        return set(range(2, rank))
-    if operator == "GroupNormalization":
-        return set(range(1, rank))
-    if operator in ("LayerNormalization", "RMSNormalization"):
-        return set(range(node.attributes.get_int("axis", -1) % rank, rank))
-    if operator in ("Softmax", "LogSoftmax", "LpNormalization", "CumSum", "TopK"):
-        return {node.attributes.get_int("axis", -1) % rank}
-    if operator in ("ArgMax", "ArgMin"):
-        return {node.attributes.get_int("axis", 0) % rank}
-    return _reduced_axes(node, rank) if operator.startswith("Reduce") else None
-
-
-def _reduced_axes(node: ir.Node, rank: int) -> set[int]:
-    """Since opset 13 or 18 the axes are an input, before an attribute; without them all."""
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    tensor = ir.convenience.get_const_tensor(given) if given is not None else None
-    axes = tensor.numpy().reshape(-1).tolist() if tensor is not None else node.attributes.get_ints("axes", ())
-    return {axis % rank for axis in axes} or set(range(rank))
-
-
 def _over_all(reach: Reach, summed: Iterable[int]) -> Reach | None:
     """With everything seen along the tensor axes `summed`; None if one of them runs along pieces of an image axis."""
     whole = frozenset[int]().union(*(reach.axes[axis] for axis in summed))
@@ -316,15 +307,22 @@ def _is_gate(value: ir.Value, reach: Reach) -> bool:
 
 
 def _largest(reaches: Sequence[Reach]) -> Reach | None:
-    """Of inputs that are broadcast to one shape; None if they come from images of different ranks."""
+    """Of inputs that are joined or broadcast to one shape; None if they come from images of different ranks.
+
+    Windows have one middle, but for their phases.
+    """
     if len({len(reach.size) for reach in reaches}) > 1:
         return None
     rank = max(len(reach.axes) for reach in reaches)
     aligned = [(frozenset[int](),) * (rank - len(reach.axes)) + reach.axes for reach in reaches]
+    image_axes = range(len(reaches[0].size))
+    starts = [min(reach.phase[axis] - reach.size[axis] / 2 for reach in reaches) for axis in image_axes]
+    ends = [max(reach.phase[axis] + reach.size[axis] / 2 for reach in reaches) for axis in image_axes]
     return Reach(
-        tuple(max(sides) for sides in zip(*(reach.size for reach in reaches), strict=True)),
+        tuple(end - start for start, end in zip(starts, ends, strict=True)),
         tuple(max(sides) for sides in zip(*(reach.jump for reach in reaches), strict=True)),
         tuple(frozenset[int]().union(*axes) for axes in zip(*aligned, strict=True)),
+        tuple(min(reach.phase[axis] for reach in reaches) for axis in image_axes),
         frozenset[int]().union(*(reach.split for reach in reaches)),
     )
 

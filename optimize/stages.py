@@ -3,8 +3,8 @@
 Where nodes are named after modules, a stage is a module. A module that spans more than two resolutions is a container,
 and its parts are looked at instead (torchvision's `features`). Neighbours with at most one convolution or matrix
 product are no stages of their own: they are joined, and parted again where the resolution falls. So are graphs without
-names. Pooling belongs to what it closes. Parts of a container that give the same shape are one stage, such as the
-blocks of a MobileNet, whose modules are a flat list.
+names. Pooling belongs to what it closes, a normalization to the convolution that follows it in its module. Parts of a
+container that give the same shape are one stage, such as the blocks of a MobileNet, whose modules are a flat list.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def grouped_by_stage(nodes: Sequence[Placed]) -> list[tuple[str, list[int]]]:
         if not is_run:
             stages.setdefault(prefixes[indices[0]], []).extend(indices)
             continue
-        for part in _parts(nodes, resolutions, indices):
+        for part in _parts(nodes, resolutions, prefixes, indices):
             idle = not any(nodes[index].computes for index in part) and resolutions[part[0]] > 1
             if idle and stages:
                 stages[next(reversed(stages))].extend(part)
@@ -112,19 +112,35 @@ def _segments(nodes: Sequence[Placed], prefixes: Sequence[str]) -> Iterator[tupl
         yield not key, list(group)
 
 
-def _parts(nodes: Sequence[Placed], resolutions: Sequence[int], indices: Sequence[int]) -> Iterator[list[int]]:
-    """Parted where the resolution falls: behind a pooling, before anything else."""
+def _parts(
+    nodes: Sequence[Placed], resolutions: Sequence[int], prefixes: Sequence[str], indices: Sequence[int]
+) -> Iterator[list[int]]:
+    """Parted where the resolution falls: behind a pooling, before anything else and what prepares it in its module."""
     part: list[int] = []
     for index in indices:
         falls = part and resolutions[index] < resolutions[part[-1]]
         closes = nodes[index].pools and resolutions[index] > 1
         closed = part and nodes[part[-1]].pools and resolutions[part[-1]] > 1 and any(nodes[i].computes for i in part)
         if part and (closed or (falls and not closes)):
-            yield part
-            part = []
+            start = len(part) if closed else _start_of_preparation(nodes, prefixes, [*part, index])
+            if start:
+                yield part[:start]
+            part = part[start:]
         part.append(index)
     if part:
         yield part
+
+
+def _start_of_preparation(nodes: Sequence[Placed], prefixes: Sequence[str], part: Sequence[int]) -> int:
+    """From where on `part` has nothing but nodes of the module of its last, none of which computes before that one.
+
+    Such as a LayerNorm before the convolution that lowers the resolution, in ConvNeXt.
+    """
+    last = len(part) - 1
+    start = last
+    while start and prefixes[part[start - 1]] == prefixes[part[last]] != "":
+        start -= 1
+    return last if any(nodes[index].computes for index in part[start:last]) else start
 
 
 def _name_of_run(nodes: Sequence[Placed], prefixes: Sequence[str], part: Sequence[int]) -> str:

@@ -4,7 +4,8 @@
   DequantizeLinear, whose scales are not), scale and shift of normalizations (not their running statistics), slopes of
   PRelu, embeddings, and constants of more than one element that are added, multiplied or concatenated, such as a layer
   scale. An ONNX graph does not tell a learned constant from a fixed one: those of Sub and Div, which normalize by mean
-  and deviation, do not count. A tensor that several nodes share counts once, where it is first used.
+  and deviation, do not count; the masks that Swin adds to the attention of shifted windows do, though they are fixed,
+  just as its position biases, which are learned. A tensor that several nodes share counts once, where it is first used.
 * MACs are those of convolutions and matrix products, as in `work.py`.
 * Activations are the elements that these give (Radosavovic et al. 2020, "Designing Network Design Spaces").
 * Bytes moved: each node reads its inputs and constants and writes its outputs once, as if nothing were fused. Reshapes

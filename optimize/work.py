@@ -40,12 +40,14 @@ def precision_of(node: ir.Node) -> str:
 
 
 def macs(node: ir.Node) -> int:
-    """Multiply-accumulates of a Conv, ConvTranspose, Gemm or MatMul for one image; a bias does not count.
+    """Multiply-accumulates of a convolution or a matrix product, for one image; a bias does not count.
 
-    Conv: outputs × inputs per output; ConvTranspose: inputs × outputs per input; matrix products: outputs × K.
+    Conv, ConvInteger, QLinearConv: outputs × inputs per output; ConvTranspose: inputs × outputs per input; Gemm, MatMul
+    and their integer forms: outputs × K, the columns of the left operand.
     """
-    source, weight, result = node.inputs[0], node.inputs[1], node.outputs[0]
-    if node.op_type == "Conv":
+    source, result = node.inputs[0], node.outputs[0]
+    weight = node.inputs[3 if node.op_type == "QLinearConv" else 1]
+    if node.op_type in ("Conv", "ConvInteger", "QLinearConv"):
         return _elements(result) * math.prod(_sides(weight)[1:])
     if node.op_type == "ConvTranspose":
         return _elements(source) * math.prod(_sides(weight)[1:])

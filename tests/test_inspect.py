@@ -219,6 +219,28 @@ def test_activations_of_several_nodes_have_one_name() -> None:
     assert cells(body, "operator", w=(4, 4, 1, 1)) == ["Conv+SiLU", "Conv+ReLU"]
 
 
+def test_a_row_has_the_output_of_its_convolution_and_a_stage_that_of_its_last_node() -> None:
+    body = "a = Conv (x, w)\ny = Transpose <perm = [0, 2, 3, 1]> (a)"
+    assert cells(body, "output", w=(5, 4, 3, 3)) == ["5×6×6"]
+    (stage,) = summary(graph(body, "float[N, 4, 8, 8] x", w=(5, 4, 3, 3))).stages
+    assert stage.output == (6, 6, 5)
+
+
+def test_a_row_of_the_module_of_the_stage_is_called_after_its_operator() -> None:
+    body = "a = Conv (x, w)\nb = Conv (a, w)\nc = Concat <axis = 1> (a, b)\ny = Relu (c)"
+    model = graph(body, "float[N, 4, 8, 8] x", w=(4, 4, 1, 1))
+    for node, module in zip(model.graph, ("fire.squeeze", "fire.expand", "fire", "fire"), strict=True):
+        node.name = f"{module}/{node.op_type}"
+    found = summary(model)
+    (stage,) = found.stages
+    assert stage.name == "fire"
+    assert [(row.name, row.operators) for row in rows_of(found, stage)] == [
+        ("squeeze", "Conv"),
+        ("expand", "Conv"),
+        ("Concat", "Concat+ReLU"),
+    ]
+
+
 def test_what_is_not_known_is_a_question_mark_and_the_totals_are_at_least() -> None:
     body = 'a = Conv (x, w)\ny = Einsum <equation = "nchw,cd->ndhw"> (a, v)'
     found = summary(graph(body, "float[N, 4, 8, 8] x", w=(4, 4, 1, 1), v=(4, 4)))

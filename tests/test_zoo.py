@@ -7,14 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import zoo
 import zoo_network
 from onnx import numpy_helper
 
+from edgewright.export.conventions import INPUT_NAME
 from edgewright.export.models import MODELS
 from edgewright.export.resolve import ModelRequest, resolve
+from edgewright.optimize.verify import check_equivalent
+from edgewright.runtime.errors import QuantizationError
 
 PACKAGES = {"onnxruntime": "onnxruntime", "tensorrt-rtx": "tensorrt_rtx"}
 FAMILIES = {  # a small network of each, and the side of its images in pixels
@@ -73,6 +77,27 @@ def test_a_normalization_that_could_have_been_folded_is_noticed(folder: Path) ->
     problems = list(zoo_network._problems(result, folder / "lenet_bn" / "model.onnx"))
     assert len(problems) == 4
     assert all("could have been folded" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(("name", "size", "count"), [("lenet_bn", None, 4), ("fashion_resnet18", 32, 17)])
+def test_dropping_any_one_normalization_is_refused(name: str, size: int | None, count: int, folder: Path) -> None:
+    """The check of the fold stage, on graphs from which one BatchNormalization each was taken out."""
+    result = zoo_network.measured(name, folder, size=size, backends=("onnxruntime",), precisions=("int8",))
+    exported = onnx.load(folder / name / "model.onnx")
+    images = np.random.default_rng(1).standard_normal((2, *result["input"]), np.float32)
+    positions = [index for index, node in enumerate(exported.graph.node) if node.op_type == "BatchNormalization"]
+    assert len(positions) == count
+    for position in positions:
+        dropped = onnx.ModelProto()
+        dropped.CopyFrom(exported)
+        norm = dropped.graph.node.pop(position)
+        for node in dropped.graph.node:
+            for index, value in enumerate(node.input):
+                if value == norm.output[0]:
+                    node.input[index] = norm.input[0]
+        with pytest.raises(QuantizationError, match="differs from the original by"):
+            check_equivalent(exported, dropped, feeds={INPUT_NAME: images})
+    assert check_equivalent(exported, onnx.load(folder / name / "folded.onnx"), feeds={INPUT_NAME: images}) < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from edgewright.runtime.preprocess import Preprocess
 from edgewright.training_data import Pixels, augmented, batches, normalized, square_size, top1
 from edgewright.workspace import source_hash
 
-__all__ = ["CODE", "Fitted", "LabelledImages", "MOST_THREADS", "Progress", "device_named", "fit", "numerics"]
+__all__ = ["CODE", "MOST_THREADS", "Fitted", "LabelledImages", "Progress", "device_named", "fit", "numerics"]
 
 MOMENTUM = 0.9  # of SGD, Nesterov's form; usual since Sutskever et al. 2013
 DEVICES = ("cpu", "cuda")

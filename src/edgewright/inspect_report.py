@@ -44,7 +44,10 @@ NARROWEST_NAME = 14  # columns
 
 @dataclass(frozen=True)
 class Row:
-    """Layers that a person reads as one: the first and what joins it."""
+    """Layers that a person reads as one: the first and what joins it.
+
+    * output: shape of what the convolution or matrix product gives, before reshapes and transpositions that join it
+    """
 
     name: str
     operators: str
@@ -55,24 +58,25 @@ class Row:
 
 
 def rows_of(summary: Summary, stage: Stage) -> list[Row]:
-    """The rows of a stage; names without what the name of the stage says."""
+    """The rows of a stage; names without what the name of the stage says, or the operator where that is all."""
     members: dict[int, list[Layer]] = {}
     for index in stage.layers:
         members.setdefault(summary.layers[index].joins, []).append(summary.layers[index])
     prefix = stage.name.partition(" … ")[0]
     if prefix != stage.name:
         prefix = prefix.rpartition(".")[0]
-    return [_row(layers, f"{prefix}.") for layers in members.values()]
+    return [_row(layers, prefix) for layers in members.values()]
 
 
 def _row(layers: Sequence[Layer], prefix: str) -> Row:
     main = next((layer for layer in layers if layer.computes), layers[0])
+    module = module_of(main.name) or main.name
     windows = [layer.window for layer in layers if layer.window is not None]
     return Row(
-        (module_of(main.name) or main.name).removeprefix(prefix),
+        SHORT_NAMES.get(main.operator, main.operator) if module == prefix else module.removeprefix(f"{prefix}."),
         _operators([layer.operator for layer in layers]),
         windows[0] if windows else None,
-        layers[-1].output,
+        main.output if main.computes else layers[-1].output,
         total(layer.cost for layer in layers),
         layers[-1].reach,
     )

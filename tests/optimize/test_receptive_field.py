@@ -234,3 +234,87 @@ def test_depthwise_is_told_from_grouped() -> None:
     assert second is not None
     assert (first.groups, first.depthwise) == (4, True)
     assert (second.groups, second.depthwise) == (2, False)
+
+
+# --- Slices with steps, blocks, and whole axes -------------------------------------------------------------------
+
+SLICE = "{} = Slice (x, {}, ends, axes, steps)\n"
+STEPS: dict[str, Any] = {"ends": np.array([99, 99]), "axes": np.array([2, 3]), "steps": np.array([2, 2])}
+CONV = "y = Conv <pads = [1, 1, 1, 1]> ({}, w)"
+
+
+@pytest.mark.parametrize(
+    ("first", "channels", "field", "jump"),
+    [
+        ("a = SpaceToDepth <blocksize = 2> (x)", 16, 2 + 2 * 2, 2),
+        ("a = DepthToSpace <blocksize = 2> (x)", 1, 1 + 2 * 0.5, 0.5),
+        (SLICE.format("a", "s"), 4, 1 + 2 * 2, 2),
+        (SLICE.format("a", "s").replace("steps", "ones"), 4, 3, 1),
+        ("a = Slice (x, s, ends, axes)", 4, 3, 1),
+    ],
+)
+def test_a_3x3_convolution_behind_what_changes_the_jump(first: str, channels: int, field: float, jump: float) -> None:
+    arrays = STEPS | {"s": np.array([1, 0]), "ones": np.array([1, 1]), "w": (5, channels, 3, 3)}
+    used = {name: array for name, array in arrays.items() if name in f"{first}w"}
+    found = reach(graph(f"{first}\n{CONV.format('a')}", "float[N, 4, 8, 8] x", **used))
+    assert found is not None
+    assert (found.size, found.jump) == ((field, field), (jump, jump))
+
+
+def test_slices_that_begin_at_different_pixels_see_a_block_together() -> None:
+    """The first layer of YOLOv5, four slices by 2: the same as SpaceToDepth."""
+    starts: dict[str, Any] = {f"s{r}{c}": np.array([r, c]) for r in (0, 1) for c in (0, 1)}
+    body = "".join(SLICE.format(f"a{name}", name) for name in starts)
+    body += f"c = Concat <axis = 1> ({', '.join(f'a{name}' for name in starts)})\n{CONV.format('c')}"
+    found = reach(graph(body, "float[N, 4, 8, 8] x", w=(5, 16, 3, 3), **starts, **STEPS))
+    assert found is not None
+    assert (found.size, found.jump) == ((6, 6), (2, 2))
+
+
+def test_a_shortcut_behind_one_slice_adds_nothing() -> None:
+    body = f"{SLICE.format('a', 's')}b = Conv <pads = [1, 1, 1, 1]> (a, w)\ny = Add (a, b)"
+    assert size(graph(body, "float[N, 4, 8, 8] x", w=(4, 4, 3, 3), s=np.array([1, 1]), **STEPS)) == (5, 5)
+
+
+@pytest.mark.parametrize("steps", [[-1, 1], None])
+def test_a_flip_and_steps_that_are_computed_are_not_known(steps: list[int] | None) -> None:
+    arrays: dict[str, Any] = {"s": np.array([7, 0]), "ends": np.array([-99, 99]), "axes": np.array([2, 3])}
+    if steps is not None:
+        assert reach(graph(SLICE.format("y", "s"), steps=np.array(steps), **arrays)) is None
+        return
+    computed = "f = ReduceMax <keepdims = 0> (x, all)\nk = Cast <to = 7> (f)\nsteps = Expand (k, two)\n"
+    arrays |= {"all": np.array([0, 1, 2, 3]), "two": np.array([2])}
+    assert reach(graph(computed + SLICE.format("y", "s"), **arrays)) is None
+
+
+def test_a_convolution_over_blocks_made_by_reshapes_is_not_known() -> None:
+    body = "a = Reshape (x, cut)\nb = Transpose <perm = [0, 1, 3, 5, 2, 4]> (a)\nc = Reshape (b, flat)\n"
+    shapes: dict[str, Any] = {"cut": np.array([0, 3, 4, 2, 4, 2]), "flat": np.array([0, 12, 4, 4])}
+    assert reach(graph(body + CONV.format("c"), w=(5, 12, 3, 3), **shapes)) is None
+
+
+@pytest.mark.parametrize(
+    ("opset", "body", "expected"),
+    [
+        (11, "y = Softmax (x)", (math.inf, math.inf)),  # over channels, height and width as one
+        (11, "y = LogSoftmax <axis = 3> (x)", (1, math.inf)),
+        (11, "y = Hardmax <axis = 2> (x)", (math.inf, math.inf)),
+        (13, "y = Softmax (x)", (1, math.inf)),
+        (13, "y = LogSoftmax <axis = 2> (x)", (math.inf, 1)),
+        (13, "y = Hardmax <axis = 1> (x)", (1, 1)),
+        (19, "y = CumSum (x, two)", (math.inf, 1)),
+        (19, "y = ReduceSum (x, two)", (math.inf, 1)),
+        (19, "y = ReduceSum (x)", (math.inf, math.inf)),
+        (19, "y = ReduceSum <noop_with_empty_axes = 1> (x)", (1, 1)),
+    ],
+)
+def test_axes_that_are_summed_over(opset: int, body: str, expected: tuple[float, ...]) -> None:
+    arrays: dict[str, Any] = {"two": np.array([2])} if "two" in body else {}
+    if "CumSum" in body:
+        arrays["two"] = np.array(2)
+    assert size(graph(body, opset=opset, **arrays)) == expected
+
+
+def test_an_axis_that_is_computed_is_not_known() -> None:
+    body = "f = ReduceMax <keepdims = 0> (x, all)\nk = Cast <to = 7> (f)\ny = CumSum (x, k)"
+    assert reach(graph(body, all=np.array([0, 1, 2, 3]))) is None

@@ -161,6 +161,64 @@ def test_a_fixed_batch_counts_as_one_image() -> None:
     assert [layer.output for layer in eight.layers] == [(4, 6, 6), (144,), (7,)]
 
 
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_a_fixed_batch_is_followed_to_where_reshapes_and_transpositions_take_it(batch: int) -> None:
+    body = "r = Reshape (x, a)\nt = Transpose <perm = [2, 0, 1]> (r)\nm = MatMul (t, w)\n"
+    shapes = {"a": np.array([batch, 3, 17]), "b": np.array([17 * batch, 5])}
+    found = of(f"{body}f = Reshape (m, b)\ny = MatMul (f, v)", inputs=f"float[{batch}, 3, 1, 17] x",
+               outputs=LOGITS, w=(3, 5), v=(5, 2), **shapes)  # fmt: skip
+    assert [layer.cost.macs for layer in found.layers if layer.computes] == [17 * 3 * 5, 17 * 5 * 2]
+    assert [layer.cost.bytes_written for layer in found.layers if layer.computes] == [4 * 17 * 5, 4 * 17 * 2]
+    assert found.cost.complete
+
+
+ATTENTION = """
+r = Reshape (x, split)
+q = Transpose <perm = [1, 0, 2]> (r)
+k = Transpose <perm = [1, 2, 0]> (r)
+s = MatMul (q, k)
+p = Softmax <axis = 2> (s)
+v = MatMul (p, q)
+t = Transpose <perm = [1, 0, 2]> (v)
+y = Reshape (t, joined)
+"""
+
+
+def test_heads_that_are_merged_with_a_fixed_batch() -> None:
+    """Six tokens of two heads of four, as `nn.MultiheadAttention` has them: two products of 2 · 6 · 6 · 4."""
+    shapes = {"split": np.array([6, 8 * 2, 4]), "joined": np.array([6, 8, 8])}
+    found = of(f"i = Transpose <perm = [1, 0, 2]> (z)\n{ATTENTION.replace('(x,', '(i,')}",
+               inputs="float[8, 6, 8] z", outputs="float[A, B, C] y", **shapes)  # fmt: skip
+    assert [layer.cost.macs for layer in found.layers if layer.computes] == [2 * 6 * 6 * 4] * 2
+    assert found.cost.complete
+    assert found.cost.activations == 2 * 6 * 6 + 2 * 6 * 4
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "m = ReduceMean <keepdims = 0> (x, zero)\ny = MatMul (m, w)",  # over the images
+        "t = Transpose <perm = [1, 2, 3, 0]> (x)\ny = MatMul (t, u)",
+        "t = Transpose <perm = [1, 0, 2, 3]> (x)\ny = Conv (t, c)",
+    ],
+)
+def test_a_fixed_batch_that_is_summed_over_is_not_divided_but_said(body: str) -> None:
+    arrays: dict[str, Any] = {"zero": np.array([0]), "w": (8, 5), "u": (8, 5), "c": (8, 8, 1, 1)}
+    used = {name: array for name, array in arrays.items() if f"{name})" in body}
+    outputs = "float[A, B, C] y" if "Reduce" in body else "float[A, B, C, D] y"
+    found = of(body, inputs="float[8, 3, 8, 8] x", outputs=outputs, **used)
+    assert (found.layers[-1].output, found.layers[-1].cost.macs, found.cost.complete) == (None, 0, False)
+    assert "unknown shape" in found.notes[0]
+
+
+def test_a_dynamically_quantized_product_of_a_fixed_batch() -> None:
+    """The scale is one for all images: it holds no batch."""
+    body = "q, s, z = DynamicQuantizeLinear (x)\ni = MatMulInteger (q, w, z)\nf = Cast <to = 1> (i)\ny = Mul (f, s)"
+    found = of(body, inputs="float[8, 6] x", outputs=LOGITS, w=np.ones((6, 5), np.int8))
+    assert found.cost.complete
+    assert (found.cost.macs, found.layers[-1].output) == (30, (5,))
+
+
 def test_the_model_is_left_as_it_is() -> None:
     model = graph("y = Conv (x, w)", w=(3, 3, 3, 3))
     before = ir.to_proto(model).SerializeToString()
@@ -256,6 +314,18 @@ def test_equal_blocks_of_a_flat_list_are_one_stage_and_gates_part_nothing() -> N
     for number, side in ((1, 8), (2, 4), (3, 4)):
         nodes += [(f"features.{number}.{part}", 1 if part in (1, 2) else side, kind) for kind, part in block]
     assert [name for name, _ in stages(*nodes)] == ["stem", "features.1", "features.2 … 3"]
+
+
+def test_a_normalization_stays_with_the_convolution_that_follows_it_in_its_module() -> None:
+    block = [("features.1.0", 8, "c"), ("features.1.1", 8, "c")]
+    down = [("features.2.0", 8, ""), ("features.2.1", 4, "c")]
+    after = [("features.3.0", 4, "c"), ("features.3.1", 2, "c")]
+    assert stages(("features.0", 8, "c"), *block, *down, *after)[1:3] == [
+        ("features.1", [1, 2]),
+        ("features.2", [3, 4]),
+    ]
+    foreign = [("act", 8, ""), ("features.2.1", 4, "c")]  # of another module: it ends what is in front of it
+    assert stages(("features.0", 8, "c"), *block, *foreign, *after)[1][1] == [1, 2, 3]
 
 
 def test_each_node_is_in_one_stage() -> None:

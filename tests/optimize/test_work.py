@@ -153,6 +153,30 @@ def test_matmul_counts_every_product(x: tuple[int, ...], w: tuple[int, ...]) -> 
     assert macs(only(model, "MatMul")) == int(result.sum())
 
 
+SCALED = {"s": np.array(0.1, np.float32), "z": np.array(0, np.uint8), "ws": np.array(0.1, np.float32),
+          "wz": np.array(0, np.int8)}  # fmt: skip
+
+
+@pytest.mark.parametrize("body", ["y = QLinearConv <{}> (x, s, z, w, ws, wz, s, z)", "y = ConvInteger <{}> (x, w)"])
+def test_integer_convolutions(body: str) -> None:
+    used = SCALED if "QLinear" in body else {}
+    result = "uint8[N, C, H, L] y" if used else "int32[N, C, H, L] y"
+    weight = np.ones((4, 3, 3, 3), np.int8)
+    model = graph(body.format("pads = [1, 1, 1, 1]"), "uint8[N, 3, 8, 8] x", result, w=weight, **used)
+    (node,) = model.graph
+    assert macs(node) == 4 * 8 * 8 * 3 * 9 == 6_912
+
+
+@pytest.mark.parametrize("body", ["y = QLinearMatMul (x, s, z, w, ws, wz, s, z)", "y = MatMulInteger (x, w)"])
+def test_integer_matrix_products(body: str) -> None:
+    used = SCALED if "QLinear" in body else {}
+    model = graph(
+        body, "uint8[N, 7, 6] x", "uint8[A, B, C] y" if used else "int32[A, B, C] y", w=np.ones((6, 5), np.int8), **used
+    )
+    (node,) = model.graph
+    assert macs(node) == 7 * 5 * 6
+
+
 def test_a_bias_does_not_count() -> None:
     with_bias = graph("y = Conv (x, w, b)", "float[N, 2, 5, 5] x", w=(3, 2, 3, 3), b=(3,))
     without = graph("y = Conv (x, w)", "float[N, 2, 5, 5] x", w=(3, 2, 3, 3))
