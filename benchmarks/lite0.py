@@ -18,7 +18,7 @@ from figures import Figure, sample_folder
 from numpy.typing import NDArray
 from quantizers import folded_model, quantize_ourselves, quantize_with_modelopt, quantize_with_onnxruntime
 
-from edgewright.calibration.collect import BATCH_SIZE
+from edgewright.calibration.collect import LARGEST_BATCH
 from edgewright.export.models import MODELS
 from edgewright.runtime.backends import BACKENDS
 from edgewright.runtime.latency import interleaved_samples, paired_ratio
@@ -55,8 +55,8 @@ def measure() -> Iterator[Figure]:
 
 
 def _batches(images: Batch) -> Iterator[Batch]:
-    for start in range(0, len(images), BATCH_SIZE):
-        yield images[start : start + BATCH_SIZE]
+    for start in range(0, len(images), LARGEST_BATCH):
+        yield images[start : start + LARGEST_BATCH]
 
 
 def _peers(graph: bytes, images: Batch, own_seconds: float) -> Iterator[Figure]:

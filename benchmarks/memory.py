@@ -19,13 +19,14 @@ CODE = """
 import sys
 from pathlib import Path
 import onnx_ir as ir
-from edgewright.calibration.collect import BATCH_SIZE, collect
+from edgewright.calibration.collect import batch_size, collect
 from edgewright.calibration.datasets import image_folder
 from edgewright.calibration.stream import batches
 from edgewright.export.models import MODELS
 images = image_folder(Path(sys.argv[2]))
 preprocess = MODELS["efficientnet_lite0"].task.preprocess
-table = collect(ir.load(sys.argv[1]), batches(images, preprocess, BATCH_SIZE), identity={})
+model = ir.load(sys.argv[1])
+table = collect(model, batches(images, preprocess, batch_size(model)), identity={})
 assert table.samples == len(images)
 print(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")).split()[1])
 """

@@ -18,7 +18,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from edgewright.calibration.collect import BATCH_SIZE, CalibrationTable, collect
+from edgewright.calibration.collect import LARGEST_BATCH, CalibrationTable, collect
 from edgewright.export.resolve import resolve
 from edgewright.export.to_onnx import export_onnx
 from edgewright.optimize.dialects import quantized_graph
@@ -92,7 +92,7 @@ def quantize_ourselves(folded: ir.Model, images: Batch) -> bytes:
 
 def calibrated(folded: ir.Model, images: Batch) -> CalibrationTable:
     """One pass over decoded images `[N, C, H, W]`."""
-    return collect(folded, (images[i : i + BATCH_SIZE] for i in range(0, len(images), BATCH_SIZE)), identity={})
+    return collect(folded, (images[i : i + LARGEST_BATCH] for i in range(0, len(images), LARGEST_BATCH)), identity={})
 
 
 def serialized(model: ir.Model) -> bytes:

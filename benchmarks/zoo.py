@@ -22,6 +22,7 @@ import click
 from figures import ROOT
 
 from edgewright.export.models import MODELS
+from edgewright.report import in_short
 from edgewright.runtime.files import sha256_of_file, write_json
 from edgewright.workspace import library_versions, machine, source_hash
 
@@ -30,7 +31,7 @@ DOCUMENT = ROOT / "docs" / "zoo.md"
 LINE_UP = ROOT / "export" / "line_up.json"
 SCRIPT = Path(__file__).parent / "zoo_network.py"
 LIBRARIES = ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino", "tensorrt-rtx")
-MB, MILLION, BILLION = 1e6, 1e6, 1e9
+MB = 1e6
 
 INTRODUCTION = """# The line-up, measured
 
@@ -40,13 +41,13 @@ statistics of batch normalization, which are far from those of a fresh network; 
 which serve for this and nothing else. So the table says nothing about accuracy, but that every network goes through,
 and that the folded graph is the network:
 
-- *difference*: the largest between the folded graph in onnxruntime and PyTorch, over all logits of two images, and (%)
-  as a share of the largest logit; more than 1e-4 of it is a failure.
+- *max-abs*: the largest difference between the folded graph in onnxruntime and PyTorch, over all logits of two images;
+  *relative*: the same as a share of the largest logit; more than 1e-4 is a failure.
 - *drop*: each batch normalization in turn is left out of the PyTorch network; this is the smallest change of the
   logits, as a share of the largest. Above 1e-4 the check above notices a single one that is missing. (Images of more
   than 240 pixels a side are replaced by smaller ones here.)
-- *BN*: folded, and left. None is left that alone reads the result of a linear operator, which is looked for apart from
-  the fold pass.
+- *BN*: batch normalizations folded, and left. None is left that alone reads the result of a linear operator, which is
+  looked for apart from the fold pass.
 - *seconds*: of making the stages, {jobs} networks at a time on {machine}, one thread each.
 - *INT8*: layers in INT8 of all convolutions and matrix products, onnxruntime · OpenVINO · TensorRT-RTX; a dash where no
   INT8 engine is built because none of the layers gains by it.
@@ -112,18 +113,19 @@ def _write(results: Sequence[dict[str, Any]], jobs: int) -> None:
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "network": lambda row: row["name"],
-    "M parameters": lambda row: f"{row['parameters'] / MILLION:.2f}",
-    "G MACs": lambda row: f"{row['macs'] / BILLION:.3f}",
+    "params": lambda row: in_short(row["parameters"]),
+    "MACs": lambda row: in_short(row["macs"]),
     "input": lambda row: "×".join(map(str, row["input"])),
     "export, s": lambda row: _stage_seconds(row, "export"),
     "fold, s": lambda row: _stage_seconds(row, "fold"),
     "calibrate, quantize, s": lambda row: _stage_seconds(row, "calibrate", "cast", "quantize"),
     "build, s": lambda row: _stage_seconds(row, "build"),
-    "BN": lambda row: f"{row['folded']}, {sum(row['left'].values())}" if row["batch_norms"] else "none",
-    "difference": lambda row: f"{row['max_abs']:.0e} ({100 * row['relative']:.0e} %)",
-    "drop": lambda row: f"{row['smallest_effect']:.1e}" if row["smallest_effect"] is not None else "",
-    "MB FP32": lambda row: f"{_engine(row, 'onnxruntime', 'fp32')['bytes'] / MB:.1f}",
-    "MB INT8": lambda row: f"{_engine(row, 'onnxruntime', 'int8')['bytes'] / MB:.1f}",
+    "BN": lambda row: f"{row['folded']}, {row['batch_norms'] - row['folded']}" if row["batch_norms"] else "none",
+    "max-abs": lambda row: f"{row['max_abs']:.0e}",
+    "relative": lambda row: f"{row['relative']:.0e}",
+    "drop": lambda row: f"{row['smallest_effect']:.0e}" if row["smallest_effect"] is not None else "",
+    "MB FP32": lambda row: _megabytes(_engine(row, "onnxruntime", "fp32")),
+    "MB INT8": lambda row: _megabytes(_engine(row, "onnxruntime", "int8")),
     "INT8": lambda row: " · ".join(
         _int8_layers(_engine(row, backend, "int8")) for backend in ("onnxruntime", "openvino", "tensorrt-rtx")
     ),
@@ -156,6 +158,10 @@ def _engine(row: dict[str, Any], backend: str, precision: str) -> dict[str, Any]
     wanted = (backend, precision)
     engine: dict[str, Any] = next(e for e in row["engines"] if (e["backend"], e["precision"]) == wanted)
     return engine
+
+
+def _megabytes(engine: dict[str, Any]) -> str:
+    return f"{engine['bytes'] / MB:.1f}" if engine["bytes"] else "–"
 
 
 def _int8_layers(engine: dict[str, Any]) -> str:

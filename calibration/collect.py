@@ -6,6 +6,7 @@ however many images there are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,11 @@ from edgewright.calibration.ranges import (
 )
 from edgewright.runtime.errors import CalibrationError
 
-__all__ = ["BATCH_SIZE", "CalibrationTable", "collect"]
+__all__ = ["LARGEST_BATCH", "CalibrationTable", "batch_size", "collect"]
 
-BATCH_SIZE = 8
+LARGEST_BATCH = 8
+BATCH_BYTES = 1 << 31
+"""Of all activations of a batch, which onnxruntime may hold at the same time; an EfficientNet-B7 has 3 GB an image."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,13 @@ class CalibrationTable:
         """The inverse of `to_json`."""
         histograms = {name: Histogram.from_json(tensor) for name, tensor in content["tensors"].items()}
         return cls(content["identity"], content["samples"], histograms)
+
+
+def batch_size(model: ir.Model) -> int:
+    """How many images to pass through `model` at once, 1 to 8, so that its activations fit into 2 GiB if they can."""
+    shapes = [output.shape for node in model.graph for output in node.outputs if output.shape is not None]
+    elements = sum(math.prod(side for side in shape[1:] if isinstance(side, int)) for shape in shapes)
+    return min(LARGEST_BATCH, max(1, BATCH_BYTES // max(1, 4 * elements)))
 
 
 def collect(

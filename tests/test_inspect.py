@@ -18,6 +18,8 @@ from rich.console import Console
 from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import MBConvConfig
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from torchvision.models.resnet import Bottleneck
 
 from edgewright.export.to_onnx import export_onnx
@@ -29,15 +31,22 @@ from edgewright.report import in_short
 from edgewright.runtime.errors import WorkspaceError
 from textual_graphs import graph
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
+NETWORKS: dict[str, Callable[[], nn.Module]] = {  # most of them with fewer blocks than the published ones
     "resnet18": models.resnet18,
-    "mobilenet_v2": models.mobilenet_v2,
-    "mobilenet_v3_small": models.mobilenet_v3_small,
+    "mobilenet_v2": lambda: models.MobileNetV2(inverted_residual_setting=[[1, 16, 1, 1], [6, 24, 2, 2]]),
+    "mobilenet_v3": lambda: models.MobileNetV3(
+        [
+            InvertedResidualConfig(16, 3, 16, 16, True, "RE", 2, 1, 1.0),
+            InvertedResidualConfig(16, 5, 96, 40, True, "HS", 2, 1, 1.0),
+        ],
+        128,
+    ),
     "squeezenet1_1": models.squeezenet1_1,
-    "shufflenet_v2_x0_5": models.shufflenet_v2_x0_5,
+    "shufflenet_v2": lambda: models.ShuffleNetV2([2, 2, 2], [24, 48, 96, 192, 1024]),
     "mnasnet0_5": models.mnasnet0_5,
-    "efficientnet_b0": models.efficientnet_b0,
-    # The others of their families are built of the same blocks, only more of them.
+    "efficientnet": lambda: models.EfficientNet(
+        [MBConvConfig(1, 3, 1, 32, 16, 1), MBConvConfig(6, 5, 2, 16, 24, 2)], 0.2
+    ),
     "densenet": lambda: models.DenseNet(12, (2, 2, 2, 2), 16),
     "resnext": lambda: models.ResNet(Bottleneck, [1, 1, 1, 1], groups=32, width_per_group=4),
     "convnext": lambda: models.ConvNeXt(

@@ -22,7 +22,6 @@ from edgewright.runtime.errors import QuantizationError
 
 PACKAGES = {"onnxruntime": "onnxruntime", "tensorrt-rtx": "tensorrt_rtx"}
 FAMILIES = {  # a small network of each, and the side of its images in pixels
-    "lenet": 28,
     "lenet_bn_scratch": 28,
     "fashion_alexnet": 224,
     "fashion_vgg11": 224,
@@ -31,17 +30,16 @@ FAMILIES = {  # a small network of each, and the side of its images in pixels
     "fashion_resnet18": 32,
     "fashion_densenet": 48,
     "resnext_shallow": 64,
-    "inception_v3": 80,
     "squeezenet": 64,
     "shufflenet_v2": 64,
-    "mobilenet_v2": 64,
     "mobilenet_v3_small": 64,
-    "mnasnet": 64,
     "regnet": 64,
     "convnext_tiny": 64,
-    "efficientnet_lite0": 64,
+    "efficientnet_lite0": 96,
 }
-LEFT = {"fashion_densenet": 20}  # normalizations behind a concatenation or a pooling
+HEAVY = ("fashion_alexnet", "fashion_vgg11", "convnext_tiny")  # of which the CPU's engine has to do here
+UNFOLDED = {"fashion_densenet": 20}  # batch normalizations behind a concatenation or a pooling
+LAYER_NORMS = {"convnext_tiny": 23}
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +49,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_network_of_every_family_is_built(name: str, folder: Path) -> None:
-    backends = tuple(backend for backend, package in PACKAGES.items() if importlib.util.find_spec(package))
+    backends = tuple(
+        backend
+        for backend, package in PACKAGES.items()
+        if importlib.util.find_spec(package) and (backend == "onnxruntime" or name not in HEAVY)
+    )
     result = zoo_network.measured(name, folder, size=FAMILIES[name], backends=backends, precisions=("fp16", "int8"))
     assert result["problems"] == []
-    assert result["folded"] == result["batch_norms"] - LEFT.get(name, 0)
-    assert sum(result["left"].values()) == LEFT.get(name, 0)
+    assert result["folded"] == result["batch_norms"] - UNFOLDED.get(name, 0)
+    assert sum(result["left"].values()) == UNFOLDED.get(name, 0) + LAYER_NORMS.get(name, 0)
     int8 = next(engine for engine in result["engines"] if engine["backend"] == "onnxruntime")
     assert int8["in_precision"] > int8["layers"] / 3
 
@@ -124,12 +126,12 @@ def test_the_line_up_is_that_of_the_registry() -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_sizes_in_the_list_are_those_of_the_networks(name: str) -> None:
-    """Parameters counted in the modules; those of normalizations that are folded in the exporter's graph too."""
     import torch
 
     size = json.loads(zoo.LINE_UP.read_text())[name]
     entry = MODELS[name]
-    with torch.device("meta"):
+    with torch.device("cpu" if name == "regnet" else "meta"):  # RegNet draws its weights by NumPy
         model = entry.build(entry.task.classes)
     assert size["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert tuple(size["input"]) == entry.task.preprocess.input_shape
+    assert size["macs"] > size["parameters"] / 100

@@ -167,11 +167,12 @@ class Graphs:
         def make() -> Mapping[str, Any]:
             import onnx_ir as ir
 
-            from edgewright.calibration.collect import BATCH_SIZE, collect
+            from edgewright.calibration.collect import batch_size, collect
 
+            model = ir.load(self._workspace.path(graph.path))
             table = collect(
-                ir.load(self._workspace.path(graph.path)),
-                batches(images, preprocess, BATCH_SIZE),
+                model,
+                batches(images, preprocess, batch_size(model)),
                 identity=identity,
                 threads=self._options.threads,
                 progress=lambda done: self._context.observer.progressed("calibrate", done, len(images)),

@@ -39,6 +39,8 @@ CODE = "proof.py"
 REFERENCE_BATCH = 128
 """Images that PyTorch takes at once; on two cores it needs half the time of batches of 32."""
 ENGINE_BATCH = 32
+USUAL_PIXELS = 224 * 224
+"""Of larger images fewer are taken at once, by PyTorch and by engines, or their activations would not fit."""
 KEPT_BYTES = 1 << 29
 """Evaluation images that fit are decoded once for all engines; more are decoded for each."""
 LATENCY_BATCH = 1
@@ -151,7 +153,8 @@ class Proof:
     def _engine_logits(self, row: EngineRow) -> Logits:
         assert row.info is not None
         profile = row.info.profile
-        size = ENGINE_BATCH if profile is None else min(ENGINE_BATCH, profile.maximum)
+        size = self._at_once(ENGINE_BATCH)
+        size = size if profile is None else min(size, profile.maximum)
         parts = {
             "engine": row.info.engine_sha256,
             "backend": _backend_here(row.backend),
@@ -186,7 +189,7 @@ class Proof:
             "simulation code": source_hash("optimize/simulate.py", "runtime/backends/onnxruntime_cpu.py"),
             "libraries": library_versions(*GRAPH_LIBRARIES),
         }
-        inferring = functools.partial(_inferring, opened, ENGINE_BATCH)
+        inferring = functools.partial(_inferring, opened, self._at_once(ENGINE_BATCH))
         return self._logits(f"simulate {stem}", f"simulated-{stem}", parts, inferring, threads=threads)
 
     def _opened(self, row: EngineRow, threads: int) -> Runner:
@@ -232,13 +235,18 @@ class Proof:
         logits: Logits = np.load(self._context.workspace.path(file), allow_pickle=False)
         return logits
 
+    def _at_once(self, most: int) -> int:
+        """`most` images, or as many larger ones as have the same number of pixels."""
+        _, height, width = self._context.input_shape
+        return max(1, min(most, most * USUAL_PIXELS // (height * width)))
+
     def _decoded(self, images: ImageSet) -> Iterable[NDArray[np.float32]]:
         """The preprocessed images in batches; decoded as a whole before they are used, and only once, if they fit.
 
         Threads that decode beside PyTorch's would keep those waiting for each other: on two cores the reference then
         takes half as long again.
         """
-        stream = batches(images, self._context.preprocess, REFERENCE_BATCH)
+        stream = batches(images, self._context.preprocess, self._at_once(REFERENCE_BATCH))
         if 4 * int(np.prod(self._context.input_shape)) * len(images) > KEPT_BYTES:
             return stream
         self._kept = self._kept or list(stream)

@@ -18,7 +18,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from edgewright.calibration.collect import CalibrationTable, collect
+from edgewright.calibration.collect import CalibrationTable, batch_size, collect
 from edgewright.calibration.ranges import HALF_BINS, METHODS, Histogram, mse_range, silu
 from edgewright.runtime.errors import CalibrationError
 
@@ -147,6 +147,18 @@ def test_extremes_between_the_samples_are_seen() -> None:
     histogram = collect(small_net(), [array], identity={}).histograms["x"]
     assert (histogram.minimum, histogram.maximum) == (-55.0, 77.0)
     assert histogram.counts[HALF_BINS + 2000 :].sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"),
+    [(1, 8), (4096, 8), (8192, 8), (8193, 7), (16384, 2), (20000, 1), (40000, 1)],
+)
+def test_large_activations_are_passed_through_a_few_at_a_time(side: int, expected: int) -> None:
+    """8192 × 8192 float32 are 256 MiB, of which eight images have 2 GiB."""
+    value = ir.Value(name="y", shape=ir.Shape(["batch", 1, side, side]), type=ir.TensorType(ir.DataType.FLOAT))
+    image = ir.Value(name="x", shape=ir.Shape(["batch", 1, side, side]), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.Node("", "Relu", [image], outputs=[value])
+    assert batch_size(ir.Model(ir.Graph([image], [value], nodes=[node]), ir_version=10)) == expected
 
 
 def test_batch_size_does_not_matter() -> None:
