@@ -11,7 +11,7 @@ import io
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,7 @@ def measured(
     size: int | None = None,
     backends: tuple[str, ...] = BACKENDS,
     precisions: tuple[str, ...] = (),
+    model_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What `make zoo` says of a network; `problems` names what does not hold.
 
@@ -66,6 +67,7 @@ def measured(
         backends=backends,
         precisions=precisions,
         targets=(TARGET,),
+        model_options=model_options or {},
         completion=_completion(name, size),
     )
     pipeline = Pipeline(options)

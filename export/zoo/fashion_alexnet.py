@@ -11,8 +11,8 @@ from edgewright.export.zoo.initialization import xavier_initialized
 __all__ = ["fashion_alexnet"]
 
 
-def fashion_alexnet(classes: int = 10) -> nn.Module:
-    """AlexNet; input `[N, 1, 224, 224]` float32, output logits `[N, classes]`."""
+def fashion_alexnet(classes: int = 10, *, hidden: int = 4096) -> nn.Module:
+    """AlexNet with `hidden` units in its two hidden layers; input `[N, 1, 224, 224]` float32, output `[N, classes]`."""
     features = nn.Sequential(
         *(nn.Conv2d(1, 96, 11, stride=4, padding=1), nn.ReLU(), nn.MaxPool2d(3, stride=2)),
         *(nn.Conv2d(96, 256, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, stride=2)),
@@ -22,8 +22,8 @@ def fashion_alexnet(classes: int = 10) -> nn.Module:
         nn.Flatten(),
     )
     classifier = nn.Sequential(
-        *(nn.Linear(256 * 5 * 5, 4096), nn.ReLU(), nn.Dropout(0.5)),
-        *(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(0.5)),
-        nn.Linear(4096, classes),
+        *(nn.Linear(256 * 5 * 5, hidden), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(0.5)),
+        nn.Linear(hidden, classes),
     )
     return xavier_initialized(nn.Sequential(OrderedDict(features=features, classifier=classifier)))

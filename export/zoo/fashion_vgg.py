@@ -17,17 +17,20 @@ BLOCKS = ((1, 16), (1, 32), (2, 64), (2, 128), (2, 128))
 """Convolutions and channels of each block: a quarter of 64, 128, 256, 512, 512."""
 
 
-def fashion_vgg11(classes: int = 10) -> nn.Module:
-    """VGG-11 with a quarter of the channels; input `[N, 1, 224, 224]` float32, output logits `[N, classes]`."""
+def fashion_vgg11(classes: int = 10, *, hidden: int = 4096) -> nn.Module:
+    """VGG-11 with a quarter of the channels and `hidden` units in its two hidden layers.
+
+    Input `[N, 1, 224, 224]` float32, output logits `[N, classes]`.
+    """
     blocks: list[nn.Module] = []
     in_channels = 1
     for convolutions, channels in BLOCKS:
         blocks.append(vgg_block(in_channels, channels, convolutions))
         in_channels = channels
     classifier = nn.Sequential(
-        *(nn.Linear(in_channels * 7 * 7, 4096), nn.ReLU(), nn.Dropout(0.5)),
-        *(nn.Linear(4096, 4096), nn.ReLU(), nn.Dropout(0.5)),
-        nn.Linear(4096, classes),
+        *(nn.Linear(in_channels * 7 * 7, hidden), nn.ReLU(), nn.Dropout(0.5)),
+        *(nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(0.5)),
+        nn.Linear(hidden, classes),
     )
     features = nn.Sequential(*blocks, nn.Flatten())
     return xavier_initialized(nn.Sequential(OrderedDict(features=features, classifier=classifier)))
