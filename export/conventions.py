@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import numpy as np
@@ -18,11 +18,17 @@ __all__ = [
     "OPSETS",
     "OUTPUT_NAME",
     "TOLERANCE",
+    "Infer",
+    "Logits",
     "check_opset",
     "check_size",
     "first_line",
     "relative_difference",
 ]
+
+Logits = NDArray[np.float32]
+Infer = Callable[[NDArray[np.float32]], Logits]
+"""Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`, both float32."""
 
 OPSETS = range(18, 21)  # 19 brings FP16 scales for Q/DQ; the TensorRT 10.0 parser documents up to 20
 INPUT_NAME = "images"

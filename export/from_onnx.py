@@ -7,7 +7,6 @@ on the same images before it is handed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ from edgewright.export.conventions import (
     INPUT_NAME,
     OUTPUT_NAME,
     TOLERANCE,
+    Infer,
+    Logits,
     check_size,
     first_line,
     relative_difference,
@@ -33,11 +34,8 @@ from edgewright.runtime.errors import ExportError, ModelError
 if TYPE_CHECKING:
     from edgewright.export.resolve import ModelRequest
 
-__all__ = ["Logits", "check_request", "import_onnx", "onnx_source", "reference_of"]
+__all__ = ["check_request", "import_onnx", "onnx_source", "reference_of"]
 
-Logits = NDArray[np.float32]
-Infer = Callable[[NDArray[np.float32]], Logits]
-"""Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`."""
 
 PROBABILITIES = "the graph ends in Softmax: its outputs are probabilities, not logits (accuracy is the same)"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 
 import numpy as np
@@ -11,19 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-__all__ = ["Infer", "torch_reference"]
+from edgewright.export.conventions import Infer, Logits
 
-Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`."""
+__all__ = ["torch_reference"]
 
 
 def torch_reference(module: nn.Module) -> Infer:
     """`module`, in evaluation mode, as a function of arrays."""
 
-    def infer(batch: NDArray[np.float32]) -> NDArray[np.float32]:
+    def infer(batch: NDArray[np.float32]) -> Logits:
         with torch.inference_mode(), redirect_stdout(sys.stderr):  # stdout belongs to the results
             pixels = torch.from_numpy(batch).contiguous(memory_format=torch.channels_last)
-            logits: NDArray[np.float32] = module(pixels).numpy()
+            logits: Logits = module(pixels).numpy()
         return logits
 
     return infer

@@ -11,6 +11,7 @@ torchvision's, so that its state dicts load unchanged; squeeze-and-excitation ha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, TypedDict
@@ -81,7 +82,8 @@ class Options(TypedDict, total=False):
 
     * `replace_stride_with_dilation`: three booleans for the stages 2 to 4; default none
     * `version`: "v1" or "v1.5", default "v1.5" (`BlockStyle.stride_in`)
-    * `top`: False yields the features `[N, C, H/32, W/32]` of the last stage, without pooling and classifier
+    * `top`: False yields the features of the last stage, `[N, C, H/32, W/32]` (larger where dilated), without pooling
+      and classifier
     """
 
     replace_stride_with_dilation: Sequence[bool]
@@ -89,7 +91,7 @@ class Options(TypedDict, total=False):
     top: bool
 
 
-class _Block(nn.Module):
+class _Block(nn.Module, ABC):
     """relu(branch(x) + x); `[N, in_channels, H, W]` → `[N, expansion · channels, H/stride, W/stride]`."""
 
     expansion: ClassVar[int]
@@ -105,9 +107,9 @@ class _Block(nn.Module):
         if style.shortcut and (stride != 1 or in_channels != out_channels):
             self.downsample = nn.Sequential(_conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
+    @abstractmethod
     def branch(self, x: Tensor) -> Tensor:
-        """f(x), before squeeze-and-excitation."""
-        raise NotImplementedError
+        """f(x), before squeeze-and-excitation; the shape of the block's result."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's result, not negative."""

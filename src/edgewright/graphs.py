@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgewright.calibration.datasets import check_disjoint, image_folder
 from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
 from edgewright.context import GRAPH_LIBRARIES, RunContext
+from edgewright.export.conventions import Infer
 from edgewright.export.entries import ModelSource
 from edgewright.memory import keep_freed_memory
 from edgewright.runtime.errors import DataError, ModelError
@@ -27,7 +27,7 @@ from edgewright.runtime.files import read_json, sha256_of, sha256_of_file, write
 from edgewright.runtime.specs import OnnxArtifact, TensorSpec
 from edgewright.workspace import StageRun, library_versions, source_hash
 
-__all__ = ["NVIDIA_DIALECTS", "Graphs", "Infer", "QuantizedArtifact"]
+__all__ = ["NVIDIA_DIALECTS", "Graphs", "QuantizedArtifact"]
 
 CODE = "graphs.py"
 CHECK_SEED = 21
@@ -35,9 +35,6 @@ MODEL_FILE, FOLDED_FILE, CALIBRATION_FILE = "model.onnx", "folded.onnx", "calibr
 NVIDIA_DIALECTS = ("tensorrt", "rtx")  # `optimize/dialects.py` imports onnx, a run in which nothing changed must not
 FOLDING_FILES = ("edits", "fold_batchnorm", "passes", "recognize_batchnorm", "verify")
 PLAN_SCHEMA = "edgewright.plan/1"
-
-Infer = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""Logits `[N, classes]` of a preprocessed batch `[N, C, H, W]`."""
 
 
 @dataclass(frozen=True)

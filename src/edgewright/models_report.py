@@ -1,7 +1,7 @@
 """The networks of the registry, as lines and as the document `edgewright.models/1`.
 
-Their sizes stand in `export/line_up.json`, which `make zoo` measures: counting the layers of sixty networks takes
-longer than anybody wants to wait for a list.
+Their sizes stand in `export/line_up.json`, which `make zoo` measures: counting the layers of all takes longer than
+anybody wants to wait for a list.
 """
 
 from __future__ import annotations

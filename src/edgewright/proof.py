@@ -23,7 +23,8 @@ from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
 from edgewright.context import GRAPH_LIBRARIES, RunContext
 from edgewright.engines import Engines
-from edgewright.graphs import Graphs, Infer
+from edgewright.export.conventions import Infer, Logits
+from edgewright.graphs import Graphs
 from edgewright.outcome import EngineRow
 from edgewright.runtime.backends import BACKENDS, Runner, backend_named
 from edgewright.runtime.errors import EngineError
@@ -59,8 +60,6 @@ REFERENCE_CODE = (  # what decides which network it is, but for its weights, and
     ),
 )
 SIMULATED = ("fp16", "int8")
-
-Logits = NDArray[np.float32]
 
 
 class Proof:
