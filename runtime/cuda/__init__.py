@@ -1,8 +1,8 @@
-"""What the TensorRT backends need of CUDA, through cuda-python: a stream, memory, copies. Imported to use a GPU."""
+"""CUDA for the backends that run on a GPU: its driver through cuda-python or pycuda, imported when it is opened."""
 
 from __future__ import annotations
 
-from .driver import Cuda, Device, device_here
-from .memory import Buffer, Stream
+from .driver import CudaDriver, Device, PinnedMemory
+from .opening import device_here, open_driver
 
-__all__ = ["Buffer", "Cuda", "Device", "Stream", "device_here"]
+__all__ = ["CudaDriver", "Device", "PinnedMemory", "device_here", "open_driver"]

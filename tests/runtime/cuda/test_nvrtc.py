@@ -1,0 +1,68 @@
+"""The preprocessing kernel compiled for Jetsons and for a desktop GPU, which needs no GPU; and what NVRTC refuses."""
+
+from __future__ import annotations
+
+import importlib
+import struct
+import sys
+
+import pytest
+
+from edgewright.runtime.cuda.nvrtc import cubin
+from edgewright.runtime.cuda.resize_kernel import KERNEL, SOURCE
+from edgewright.runtime.errors import DeviceError
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+EM_CUDA = 190  # machine in the header of an ELF file
+MACHINE_AT, FLAGS_AT = 18, 48  # offsets in the header of a 64-bit ELF file
+
+
+@pytest.mark.parametrize("architecture", [87, 86, 110])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_kernel_compiles_without_a_gpu(architecture: int, channels: int) -> None:
+    code = cubin(SOURCE.read_text(), f"sm{architecture}", (f"CHANNELS={channels}",))
+    assert code[:4] == b"\x7fELF"
+    assert struct.unpack_from("<H", code, MACHINE_AT) == (EM_CUDA,)
+    assert code[FLAGS_AT + 1] == architecture, "compiled for another GPU"
+    assert f".text.{KERNEL}\0".encode() in code
+
+
+def test_compiled_once_in_a_process() -> None:
+    arguments = (SOURCE.read_text(), "sm87", ("CHANNELS=3",))
+    assert cubin(*arguments) is cubin(*arguments)
+
+
+def test_defines_reach_the_source() -> None:
+    with pytest.raises(DeviceError, match=r"cannot compile for sm_87: .*CHANNELS.*; NVRTC here is of CUDA \d+\.\d+"):
+        cubin(SOURCE.read_text(), "sm87")
+
+
+@pytest.mark.parametrize(
+    ("source", "architecture", "message"),
+    [
+        ("int main", "sm87", r"cannot compile for sm_87: .*error: expected"),
+        ('extern "C" __global__ void k() {}', "sm999", r"cannot compile for sm_999: .*invalid value for --gpu-arch"),
+    ],
+)
+def test_what_is_refused_is_said_in_one_line(source: str, architecture: str, message: str) -> None:
+    with pytest.raises(DeviceError, match=message) as raised:
+        cubin(source, architecture)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_package_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
+    with pytest.raises(DeviceError, match=r"NVRTC, which compiles for the GPU, is not here: .*; pip install"):
+        cubin("// never compiled before", "sm87")
+
+
+def test_missing_library_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+
+    def fail() -> None:
+        raise RuntimeError('Failure finding "libnvrtc.so":\nNo such file')
+
+    monkeypatch.setattr(nvrtc, "nvrtcVersion", fail)
+    with pytest.raises(DeviceError, match=r'is not here: Failure finding "libnvrtc.so": No such file; pip install'):
+        cubin("// never compiled either", "sm87")
