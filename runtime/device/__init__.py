@@ -1,0 +1,1 @@
+"""On the device: engines that are built from a bundle, proven, and kept."""

@@ -1,0 +1,99 @@
+"""The folder where a device keeps what it made of bundles: engines, timing caches, unpacked bundles.
+
+An engine is native code, so whoever can write here decides what this process runs. The folder is therefore made for
+its owner alone, and one that somebody else owns or may write to is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..errors import WorkspaceError
+
+__all__ = ["cache_folder", "checked_cache", "locked_cache"]
+
+VARIABLE = "EDGEWRIGHT_CACHE"
+LOCK_FILE = ".lock"
+CHOOSE = f"choose another with --cache or ${VARIABLE}"
+
+
+def cache_folder(chosen: Path | None = None, environment: Mapping[str, str] = os.environ) -> Path:
+    """`chosen`, else $EDGEWRIGHT_CACHE, else edgewright in $XDG_CACHE_HOME or ~/.cache; it need not exist.
+
+    A relative $XDG_CACHE_HOME is ignored, as its specification asks for (XDG Base Directory 0.8).
+    Raises `WorkspaceError` if none of them is set and the user has no home.
+    """
+    if chosen is not None:
+        return chosen
+    if environment.get(VARIABLE):
+        return Path(environment[VARIABLE])
+    shared = Path(environment.get("XDG_CACHE_HOME", ""))
+    if shared.is_absolute():
+        return shared / "edgewright"
+    try:
+        return Path("~/.cache/edgewright").expanduser()
+    except RuntimeError as error:
+        raise WorkspaceError(f"there is no place for the cache ({error})", CHOOSE) from error
+
+
+def checked_cache(folder: Path, *, create: bool = False) -> bool:
+    """Whether there is a cache in `folder`, which is then one that nobody else can write to.
+
+    `create` makes it where there is none, with access for its owner alone.
+    Raises `WorkspaceError` if it is no folder, belongs to another user or is writable by others.
+    """
+    try:
+        if create:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if create:
+            raise WorkspaceError(f"the cache {folder} cannot be made ({error.strerror})", CHOOSE) from error
+        return False
+    except OSError as error:
+        raise WorkspaceError(f"the cache {folder} cannot be used ({error.strerror})", CHOOSE) from error
+    _check_owner(folder, status)
+    return True
+
+
+@contextlib.contextmanager
+def locked_cache(folder: Path) -> Iterator[None]:
+    """Makes the cache and keeps other builds out of it; the lock goes with the process, however that ends.
+
+    Raises `WorkspaceError` if another build holds it, as `checked_cache`, and for what the file system refuses.
+    """
+    import fcntl  # not on Windows, where the rest of the runtime works too
+
+    checked_cache(folder, create=True)
+    try:
+        with contextlib.ExitStack() as stack:
+            handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            stack.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise WorkspaceError(f"another build is using the cache {folder}", "wait for it to end") from None
+            yield
+    except OSError as error:
+        place = f": {error.filename}" if error.filename else ""
+        raise WorkspaceError(f"the cache {folder} cannot be used ({error.strerror or error}{place})", CHOOSE) from error
+
+
+def _check_owner(folder: Path, status: os.stat_result) -> None:
+    if not stat.S_ISDIR(status.st_mode):
+        raise WorkspaceError(f"the cache {folder} is not a folder", CHOOSE)
+    if status.st_uid != os.geteuid():
+        raise WorkspaceError(
+            f"the cache {folder} belongs to user {status.st_uid}, this is user {os.geteuid()}: engines are native code",
+            CHOOSE,
+        )
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise WorkspaceError(
+            f"the cache {folder} can be written by others (mode {stat.S_IMODE(status.st_mode):o}): engines are native "
+            "code",
+            f"chmod go-w {folder}, after a look at what is in it, or {CHOOSE}",
+        )

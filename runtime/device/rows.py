@@ -1,0 +1,66 @@
+"""What a build or a verification says: a row for each engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..bundle import Bundle
+from ..specs import EngineInfo
+from .child import answer_of
+from .kept import Kept, KeptEngine, SelfTest
+from .tasks import SelfTestTask
+
+__all__ = ["DeviceReport", "DeviceRow", "kept_row", "self_test_row"]
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One engine of a bundle on this device; the words of `status` are those of the contract.
+
+    * path: of the engine file, None if there is none; info: what it is
+    * self_test: what it gave, also where the engine was discarded
+    * reused: nothing was built, since a proven engine was kept already
+    """
+
+    backend: str
+    precision: str
+    status: str
+    reason_code: str
+    reason: str
+    path: Path | None = None
+    info: EngineInfo | None = None
+    self_test: SelfTest | None = None
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class DeviceReport:
+    """What became of a bundle's engines. bundle: its hash; signed_by: the key that was required, None if none was."""
+
+    model: str
+    version: int
+    bundle: str
+    signed_by: str | None
+    cache: Path
+    rows: tuple[DeviceRow, ...]
+
+
+def kept_row(row: DeviceRow, kept: Kept, engine: KeptEngine) -> DeviceRow:
+    """`row` with what is known of an engine that is kept."""
+    return _judged(row, kept.folder / engine.file, engine.info, engine.self_test)
+
+
+def self_test_row(row: DeviceRow, bundle: Bundle, file: Path, info: EngineInfo, floor: int | None = None) -> DeviceRow:
+    """`row` with what the self-test of the engine in `file` gives, in a new process.
+
+    Raises the `EdgewrightError` that it ends in, where it does not come to an answer.
+    """
+    task = SelfTestTask(str(bundle.path.absolute()), bundle.sha256, str(file.absolute()), info)
+    test = SelfTest.from_json(answer_of(task.to_json(), f"the self-test of {row.backend} {row.precision}", floor=floor))
+    return _judged(row, file, info, test)
+
+
+def _judged(row: DeviceRow, file: Path, info: EngineInfo, test: SelfTest) -> DeviceRow:
+    status, code = ("verified", "pass") if test.passed else ("over_budget", "self_test_failed")
+    return replace(row, status=status, reason_code=code, reason=test.reason, path=file, info=info, self_test=test)
