@@ -1,34 +1,38 @@
 # Edgewright. Every target does its own set-up in .venv, and does it again only when pyproject.toml has changed.
 MODEL ?= mobilenet_effnet_b0
 ARGS ?=
+WORKERS ?= 2
 PYTHON ?=
-EXTRAS ?= build,cpu,lite$(if $(findstring Linux x86_64,$(shell uname -sm)),$(comma)rtx$(comma)openvino)
+EXTRAS ?= build,cpu,lite,sign$(if $(findstring Linux x86_64,$(shell uname -sm)),$(comma)rtx$(comma)openvino)
 
 SHELL := /bin/sh
 .SHELLFLAGS := -euc
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help engine test lint bench zoo train test-oldest clean
+.PHONY: help engine bundle test lint bench zoo train test-oldest ort-gpu-env pycuda-wheel clean
 
 comma := ,
 VENV := .venv
 OLDEST_VENV := .venv-oldest
+ORT_GPU_VENV := .venv-ortgpu
 KEY := $(shell echo "$(EXTRAS)" | cat - pyproject.toml | cksum | tr ' ' -)
 OLDEST_KEY := $(shell cat pyproject.toml tests/oldest.txt | cksum | tr ' ' -)
 ENGINE_STAMP := $(VENV)/.engine-$(KEY)
 TEST_STAMP := $(VENV)/.test-$(KEY)
 OLDEST_STAMP := $(OLDEST_VENV)/.test-$(OLDEST_KEY)
+PYCUDA_STAMP := $(VENV)/.pycuda
+ORT_GPU_STAMP := $(ORT_GPU_VENV)/.gpu-$(shell cksum <pyproject.toml | tr ' ' -)
 
 help:  ## This list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
-	@echo 'Variables: MODEL=$(MODEL), ARGS= passed on, PYTHON= to make $(VENV) with, EXTRAS=$(EXTRAS)'
+	@echo 'Variables: MODEL=$(MODEL), ARGS= passed on, WORKERS=$(WORKERS), PYTHON= to make $(VENV) with, EXTRAS=$(EXTRAS)'
 
 engine: $(ENGINE_STAMP)  ## Export, fold, calibrate, quantize, build and prove MODEL.
 	@$(VENV)/bin/edgewright engine $(MODEL) $(ARGS)
 
-test: $(TEST_STAMP)  ## The tests.
-	$(VENV)/bin/pytest $(ARGS)
+test: $(TEST_STAMP)  ## The tests, WORKERS of them at a time.
+	$(VENV)/bin/pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(TEST_STAMP)  ## Style, types and the direction of imports.
 	$(VENV)/bin/ruff check
@@ -42,14 +46,21 @@ bench: $(TEST_STAMP)  ## The figures, side by side in one run.
 zoo: $(TEST_STAMP)  ## Every network through the pipeline; writes docs/zoo.md. Takes more than an hour.
 	$(VENV)/bin/python benchmarks/zoo.py $(ARGS)
 
+bundle: $(ENGINE_STAMP)  ## Pack MODEL for a device; ARGS=--archive for one file.
+	@$(VENV)/bin/edgewright pack $(MODEL) $(ARGS)
+
 train: $(ENGINE_STAMP)  ## Train MODEL on Fashion-MNIST by its recipe.
 	$(VENV)/bin/edgewright train $(MODEL) $(ARGS)
 
 test-oldest: $(OLDEST_STAMP)  ## The tests with Python 3.10, torch 2.6 and the oldest of everything else.
-	$(OLDEST_VENV)/bin/pytest $(ARGS)
+	$(OLDEST_VENV)/bin/pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
+
+ort-gpu-env: $(ORT_GPU_STAMP)  ## The device's install with onnxruntime-gpu (about 450 MB), for those tests that need it.
+
+pycuda-wheel: $(PYCUDA_STAMP)  ## pycuda for the tests, compiled without CUDA's toolkit. The first time it takes minutes.
 
 clean:  ## Remove all that these targets made: engines, caches, .venv.
-	rm -rf $(VENV) $(OLDEST_VENV) build dist src/edgewright.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) $(ORT_GPU_VENV) build dist src/edgewright.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -84,6 +95,9 @@ $(VENV)/.created:
 $(OLDEST_VENV)/.created:
 	$(call create,$(OLDEST_VENV),$(or $(PYTHON),python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)),10,10)
 
+$(ORT_GPU_VENV)/.created:
+	$(call create,$(ORT_GPU_VENV),$(or $(PYTHON),python3.12 python3.11 python3.10 python3),10,12)
+
 $(ENGINE_STAMP): | $(VENV)/.created
 	$(call install,$(VENV),engine,$(EXTRAS))
 
@@ -93,3 +107,10 @@ $(TEST_STAMP): | $(VENV)/.created
 
 $(OLDEST_STAMP): | $(OLDEST_VENV)/.created
 	$(call install,$(OLDEST_VENV),test,build$(comma)cpu$(comma)lite$(comma)test,--constraint tests/oldest.txt)
+
+$(ORT_GPU_STAMP): | $(ORT_GPU_VENV)/.created
+	$(call install,$(ORT_GPU_VENV),gpu,gpu)
+
+$(PYCUDA_STAMP): .ci/pycuda-wheel | $(TEST_STAMP)
+	@.ci/pycuda-wheel $(VENV) build/wheels
+	@touch $@

@@ -1,4 +1,4 @@
-"""All figures side by side in one run: `make bench`, or `python benchmarks/run.py lite0 import_time`."""
+"""All figures side by side in one run: `make bench`, or `python benchmarks/run.py lite0 device`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 from edgewright.workspace import machine
 
-BENCHMARKS = ("import_time", "engine", "lite0", "b0", "rtx", "openvino_int8", "memory", "fold")
+BENCHMARKS = ("device", "bundle_fuzz", "engine", "lite0", "b0", "rtx", "openvino_int8", "memory", "fold")
 RESULT = ROOT / "build" / "bench.json"
 
 

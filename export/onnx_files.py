@@ -25,7 +25,7 @@ from edgewright.export.conventions import check_size, first_line
 from edgewright.runtime.errors import ModelError
 from edgewright.runtime.files import sha256_of
 
-__all__ = ["OnnxFile", "load_onnx", "read_onnx"]
+__all__ = ["OnnxFile", "load_onnx", "read_onnx", "tensors_of"]
 
 MAX_BYTES = (1 << 31) - 1  # what protobuf can write in one piece
 READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a named pipe would wait for ever
@@ -137,14 +137,14 @@ def _parsed(content: bytes, path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _tensors(message: Message) -> Iterator[onnx.TensorProto]:
+def tensors_of(message: Message) -> Iterator[onnx.TensorProto]:
     """Every tensor anywhere in a model: initializers, attributes, subgraphs, functions, training information."""
     if isinstance(message, onnx.TensorProto):
         yield message
         return
     for _, value in message.ListFields():
         for part in _messages(value):
-            yield from _tensors(part)
+            yield from tensors_of(part)
 
 
 def _messages(value: Any) -> Iterator[Message]:
@@ -159,7 +159,7 @@ def _extents(proto: onnx.ModelProto, path: Path, model: BinaryIO, stack: context
     """Where the external values stand. Raises `ModelError` before anything is read there."""
     streams: dict[Path, BinaryIO] = {}
     extents = []
-    for tensor in _tensors(proto):
+    for tensor in tensors_of(proto):
         if onnx.external_data_helper.uses_external_data(tensor):
             said = {entry.key: entry.value for entry in tensor.external_data}
             whose = f"the external data of {tensor.name!r} in {path}"

@@ -9,7 +9,13 @@ EdgewrightError
 ├── BuildError            a backend refused to build
 ├── EngineError           an engine cannot be loaded or run
 │   ├── BundleError       a bundle is not what it says
-│   └── DeviceError       the device or its driver refused
+│   │   ├── SignatureError     it is not signed by a key that is trusted here
+│   │   └── RollbackError      it is older than one that was used here
+│   ├── DeviceError       the device or its driver refused
+│   │   ├── DeviceMemoryError  the device has no memory left
+│   │   └── DeviceLostError    the device can no longer be used by this process
+│   ├── InputError        an input's name, shape, dtype or device does not fit
+│   └── ClosedError       something was used after it was closed
 ├── ParityError           a comparison that has no meaning
 └── WorkspaceError        the build folder is locked, full, read-only or corrupted
 """
@@ -20,14 +26,20 @@ __all__ = [
     "BuildError",
     "BundleError",
     "CalibrationError",
+    "ClosedError",
     "DataError",
     "DeviceError",
+    "DeviceLostError",
+    "DeviceMemoryError",
     "EdgewrightError",
     "EngineError",
     "ExportError",
+    "InputError",
     "ModelError",
     "ParityError",
     "QuantizationError",
+    "RollbackError",
+    "SignatureError",
     "WorkspaceError",
 ]
 
@@ -76,8 +88,32 @@ class BundleError(EngineError):
     """A bundle is not what it says."""
 
 
+class SignatureError(BundleError):
+    """A bundle is not signed by a key that is trusted here."""
+
+
+class RollbackError(BundleError):
+    """A bundle is older than one that was used here."""
+
+
 class DeviceError(EngineError):
     """The device or its driver refused."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The device has no memory left."""
+
+
+class DeviceLostError(DeviceError):
+    """The device can no longer be used by this process: what failed took its context with it."""
+
+
+class InputError(EngineError):
+    """An input's name, shape, dtype or device does not fit."""
+
+
+class ClosedError(EngineError):
+    """Something was used after it was closed."""
 
 
 class ParityError(EdgewrightError):

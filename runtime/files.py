@@ -33,7 +33,7 @@ def sha256_of_file(path: Path) -> str:
         return sha256_of(iter(lambda: stream.read(CHUNK_BYTES), b""))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | Iterable[bytes]) -> None:
     """Writes `content` so that `path` holds either what it held before or all of it, even after a crash.
 
     Raises `WorkspaceError` if the disk is full or the folder cannot be written.
@@ -43,7 +43,7 @@ def write_bytes(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            stream.writelines((content,) if isinstance(content, bytes) else content)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

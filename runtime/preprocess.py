@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .errors import DataError
 
-__all__ = ["ImageLike", "Preprocess", "open_image"]
+__all__ = ["COLOURS", "ImageLike", "Preprocess", "crop_start", "open_image", "resized_size"]
 
 ImageLike = str | Path | Image.Image | NDArray[np.uint8]
 """What can be classified: a path, a PIL image, or a uint8 array `[H, W]`, `[H, W, 1]` or `[H, W, 3]` (RGB)."""
@@ -85,11 +85,19 @@ class Preprocess:
         Raises `DataError` if the image cannot be read or is none that a classifier is trained on.
         """
         picture = _converted(open_image(image), self.colour)
-        picture = _resized(picture, self.resize, INTERPOLATIONS[self.interpolation])
+        target = resized_size(picture.size, self.resize)
+        if target != picture.size:
+            picture = picture.resize(target, INTERPOLATIONS[self.interpolation])
         if self.crop is not None:
             picture = _centre_cropped(picture, self.crop)
-        array = np.asarray(picture, np.uint8)
-        return array if array.ndim == 3 else array[..., None]
+        return _pixels_of(picture)
+
+    def source_pixels(self, image: ImageLike) -> NDArray[np.uint8]:
+        """The decoded image in the network's colours, as large as it came, uint8 `[H, W, C]`: what `pixels` resizes.
+
+        Raises `DataError` as `pixels` does.
+        """
+        return _pixels_of(_converted(open_image(image), self.colour))
 
     def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Pixels `[..., H, W, C]` as float32 `[..., C, H, W]`: (x / 255 − mean) / std, every step rounded to float32.
@@ -97,13 +105,14 @@ class Preprocess:
         A byte has 256 values, so the formula is evaluated once for each and looked up.
         """
         channels = np.moveaxis(pixels, -1, -3)
-        table = self._normalized_bytes()
+        table = self.normalized_bytes()
         out = np.empty(channels.shape, np.float32)
         for channel, row in enumerate(table):
             np.take(row, channels[..., channel, :, :], out=out[..., channel, :, :])
         return out
 
-    def _normalized_bytes(self) -> NDArray[np.float32]:
+    def normalized_bytes(self) -> NDArray[np.float32]:
+        """What each byte becomes in each channel, float32 `[C, 256]`."""
         levels = np.arange(256, dtype=np.float32) / np.float32(255)
         mean = np.asarray(self.mean, np.float32)[:, None]
         std = np.asarray(self.std, np.float32)[:, None]
@@ -189,31 +198,40 @@ def _image_from_array(array: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _resized(picture: Image.Image, resize: int | tuple[int, int] | None, filter_: Image.Resampling) -> Image.Image:
+def resized_size(size: tuple[int, int], resize: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Width and height of an image of `size` (width, height) after the resize that `Preprocess.resize` stands for.
+
+    Raises `DataError` if it would not fit into memory.
+    """
+    width, height = size
     if resize is None:
-        return picture
-    width, height = picture.size
+        return size
     if isinstance(resize, tuple):
         target = (resize[1], resize[0])
     else:
         short, long = min(width, height), max(width, height)
         other = int(resize * long / short)  # torchvision truncates
         target = (resize, other) if width <= height else (other, resize)
-    if target[0] * target[1] > MAX_RESIZED_PIXELS:  # a strip of 1 × 20000 pixels would take 5 GB at a short side of 256
+    if target != size and target[0] * target[1] > MAX_RESIZED_PIXELS:  # 1 × 20000 pixels at 256 would take 5 GB
         raise DataError(
             f"the image is {width}×{height} pixels, and would be {target[0]}×{target[1]} after the resize",
             "crop it to an ordinary aspect ratio",
         )
-    return picture if target == picture.size else picture.resize(target, filter_)
+    return target
+
+
+def crop_start(length: int, crop: int) -> int:
+    """The first of `length` pixels that a centre crop keeps; below 0 by what it pads before them."""
+    return round((length - crop) / 2) if length >= crop else -((crop - length) // 2)
 
 
 def _centre_cropped(picture: Image.Image, crop: tuple[int, int]) -> Image.Image:
+    """Outside of the picture Pillow's crop is black."""
     height, width = crop
-    if picture.width < width or picture.height < height:
-        pad_left, pad_top = max(0, (width - picture.width) // 2), max(0, (height - picture.height) // 2)
-        padded = Image.new(picture.mode, (max(width, picture.width), max(height, picture.height)))
-        padded.paste(picture, (pad_left, pad_top))
-        picture = padded
-    top = round((picture.height - height) / 2)
-    left = round((picture.width - width) / 2)
+    left, top = crop_start(picture.width, width), crop_start(picture.height, height)
     return picture.crop((left, top, left + width, top + height))
+
+
+def _pixels_of(picture: Image.Image) -> NDArray[np.uint8]:
+    array = np.asarray(picture, np.uint8)
+    return array if array.ndim == 3 else array[..., None]

@@ -24,6 +24,8 @@ from edgewright.workspace import source_hash
 from stage_modules import replace_in_stages
 from tiny_network import PREPROCESS, TINY_MODELS, write_images
 
+pytest_plugins = ["cuda_objects", "device_fixtures", "own_process"]
+
 BUDGET = 0.08  # with 60 images of which none is lost the upper bound is 0.06
 
 

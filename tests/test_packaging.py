@@ -26,6 +26,8 @@ from PIL import Image
 
 from edgewright.runtime import EngineInfo, Preprocess, TensorSpec
 from edgewright.runtime.files import sha256_of, write_json
+from fake_gpu import named_graphs
+from toy_bundle import toy_bundle
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("calibration", "export", "optimize", "runtime")
@@ -284,6 +286,38 @@ def test_device_install_runs_an_engine(device: Environment, engine: Path, green:
     (image,) = json.loads(result.stdout)["images"]
     assert [prediction["label"] for prediction in image["top"]] == ["green", "red", "blue"]
     assert image["top"][0]["probability"] > 0.99
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_bundle(tmp_path_factory.mktemp("bundle") / "toy.bundle", spec_changes={"graphs": named_graphs()})
+
+
+def test_device_install_builds_verifies_and_runs_a_bundle(
+    device: Environment, bundle: Path, green: Path, tmp_path: Path
+) -> None:
+    built = device.run("edgewright", "build", bundle, "--cache", tmp_path / "cache", "--json")
+    assert built.returncode == 0, built.stderr
+    rows = [(row["backend"], row["status"]) for row in json.loads(built.stdout)["engines"]]
+    assert rows[0] == ("onnxruntime", "verified")
+    assert {status for _, status in rows[1:]} == {"skipped"}
+    verified = device.run("edgewright", "verify", bundle, "--cache", tmp_path / "cache")
+    assert verified.returncode == 0, verified.stderr
+    ran = device.run("edgewright", "run", green, "--engine", bundle, "--cache", tmp_path / "cache", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert len(json.loads(ran.stdout)["images"][0]["top"]) == 4
+    assert "proven here" in ran.stderr
+
+
+def test_base_install_says_what_a_device_lacks(base: Environment, bundle: Path, tmp_path: Path) -> None:
+    built = base.run("edgewright", "build", bundle, "--cache", tmp_path / "cache", "--json")
+    assert built.returncode == 3, built.stderr
+    assert {row["status"] for row in json.loads(built.stdout)["engines"]} == {"skipped"}
+    examined = base.run("edgewright", "doctor", "--json")
+    assert examined.returncode == 0, examined.stderr
+    states = {state["backend"]: state for state in json.loads(examined.stdout)["backends"]}
+    assert not any(state["ready"] for state in states.values())
+    assert states["onnxruntime"]["remedy"] == "pip install 'edgewright[cpu]'"
 
 
 def test_device_install_brings_none_of_the_build_packages(device: Environment) -> None:

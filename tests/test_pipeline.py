@@ -27,7 +27,8 @@ from edgewright.optimize import dialects
 from edgewright.outcome import EngineRow, Outcome, conclusion
 from edgewright.pipeline import Options, Pipeline
 from edgewright.runtime.backends import BACKENDS, Absence, BuildRequest, Compiled, Runner
-from edgewright.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend, OnnxRuntimeRunner
+from edgewright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, OnnxRuntimeRunner
+from edgewright.runtime.choice import REPORT_FILE
 from edgewright.runtime.errors import (
     BuildError,
     CalibrationError,
@@ -38,7 +39,7 @@ from edgewright.runtime.errors import (
     QuantizationError,
 )
 from edgewright.runtime.latency import Latency
-from edgewright.runtime.session import REPORT_FILE, Session
+from edgewright.runtime.session import Session
 from edgewright.runtime.specs import BatchProfile
 from edgewright.workspace import FIRST_TIME, library_versions
 from stage_modules import replace_in_stages
@@ -398,7 +399,7 @@ class Fake(OnnxRuntimeBackend):
             raise BuildError("fake refused node 7", "take another model")
         return super().compile(request)
 
-    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
         if self.fault == "open":
             raise EngineError("fake has no device", "plug it in")
         runner = super().open(engine, threads=threads)

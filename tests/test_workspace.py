@@ -213,6 +213,7 @@ def test_leftovers_of_killed_runs_are_removed(workspace: Workspace) -> None:
     deep = workspace.folder / "engines" / ".partial-x"
     deep.parent.mkdir()
     deep.write_bytes(b"half")
+    (workspace.folder / ".partial-bundle" / "graphs").mkdir(parents=True)
     with workspace.locked():
         left = [path for path in workspace.folder.rglob("*") if path.name.startswith(".partial-")]
     assert left == []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..errors import EngineError
-from .base import Absence, Backend, BuildRequest, Built, Compiled, Runner
-from .onnxruntime_cpu import OnnxRuntimeBackend
+from .base import Absence, Backend, BuildRequest, Built, Compiled
+from .onnxruntime_backend import OnnxRuntimeBackend
 from .openvino_cpu import OpenVinoBackend
+from .runner import Runner
 from .tensorrt_gpu import TensorRtBackend
 from .tensorrt_rtx import TensorRtRtxBackend
 

@@ -8,22 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import ClassVar, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import ClassVar
 
 from ..audit import audited, deviations, shares_of_work
-from ..errors import BuildError, EngineError
+from ..errors import BuildError
 from ..specs import BatchProfile, Kernel, LayerPrecision, PlannedLayer, TensorSpec
+from .runner import Runner
 
-__all__ = ["Absence", "Backend", "BuildRequest", "Built", "Compiled", "Runner"]
+__all__ = ["Absence", "Backend", "BuildRequest", "Built", "Compiled"]
 
 NAMED_LAYERS = 5
 """As many layers an error names; a silent fallback usually hits all of them."""
-
-RunnerType = TypeVar("RunnerType", bound="Runner")
 
 
 @dataclass(frozen=True)
@@ -85,46 +80,6 @@ class Built:
     layers: tuple[LayerPrecision, ...]
 
 
-class Runner(ABC):
-    """A loaded engine. Use it in a `with`, or close it."""
-
-    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        self.inputs = inputs
-        self.outputs = outputs
-        self._closed = False
-
-    def infer(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """Outputs by name for inputs by name; new arrays, owned by the caller.
-
-        Raises `EngineError` if a name, shape or dtype does not fit, or the engine is closed.
-        """
-        if self._closed:
-            raise EngineError("the engine is closed", "open it again")
-        return self.infer_impl({spec.name: _fitting(spec, feeds) for spec in self.inputs})
-
-    def close(self) -> None:
-        """Frees the engine's memory; closing twice does nothing."""
-        if not self._closed:
-            self._closed = True
-            self.close_impl()
-
-    def __enter__(self: RunnerType) -> RunnerType:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @abstractmethod
-    def infer_impl(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """`infer` with checked, contiguous inputs."""
-
-    @abstractmethod
-    def close_impl(self) -> None:
-        """Frees what the backend holds."""
-
-
 class Backend(ABC):
     """One way to build and run engines.
 
@@ -133,6 +88,7 @@ class Backend(ABC):
     * suffix: of its engine files
     * targets: the GPU architectures it can be asked for; empty where an engine is for this machine
     * version_bound: whether an engine runs only with the version of the library that built it
+    * providers: what its library can be told to run on; empty where there is no choice
     """
 
     name: ClassVar[str]
@@ -141,6 +97,7 @@ class Backend(ABC):
     suffix: ClassVar[str]
     targets: ClassVar[tuple[str, ...]] = ()
     version_bound: ClassVar[bool] = False
+    providers: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def absence(self) -> Absence | None:
@@ -167,10 +124,11 @@ class Backend(ABC):
         """Compiles the graph and reads back what was made of it. Raises `BuildError`."""
 
     @abstractmethod
-    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
         """Loads an engine from memory; `threads` is the number of CPU threads, 0 for all cores.
 
-        Raises `EngineError` if it does not load.
+        `provider` is one of `providers`, "" for the first. Raises `EngineError` if the engine does not load, or the
+        provider is not here.
         """
 
     def build(self, request: BuildRequest) -> Built:
@@ -197,18 +155,3 @@ class Backend(ABC):
                 "change the plan or the target; such an engine is not kept",
             )
         return Built(compiled, layers)
-
-
-def _fitting(spec: TensorSpec, feeds: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
-    if spec.name not in feeds:
-        raise EngineError(f"input {spec.name!r} is missing; the engine needs it, given were {sorted(feeds)}")
-    array = np.asarray(feeds[spec.name])
-    fits = len(array.shape) == len(spec.shape) and all(
-        wanted is None or wanted == given for wanted, given in zip(spec.shape, array.shape, strict=True)
-    )
-    if not fits or array.size == 0:
-        wanted = ", ".join("N" if side is None else str(side) for side in spec.shape)
-        raise EngineError(f"input {spec.name!r} has shape {list(array.shape)}, expected [{wanted}]")
-    if array.dtype != np.dtype(spec.dtype):
-        raise EngineError(f"input {spec.name!r} is {array.dtype}, expected {spec.dtype}", "convert it with astype")
-    return np.ascontiguousarray(array)

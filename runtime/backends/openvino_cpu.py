@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,8 +28,9 @@ from numpy.typing import NDArray
 from ..audit import audited
 from ..errors import BuildError, EngineError
 from ..specs import Kernel, PlannedLayer, TensorSpec
-from .base import Absence, Backend, BuildRequest, Compiled, Runner
+from .base import Absence, Backend, BuildRequest, Compiled
 from .naming import layer_run_by
+from .runner import Runner
 
 __all__ = ["OpenVinoBackend"]
 
@@ -103,22 +105,24 @@ class OpenVinoBackend(Backend):
         engine = request.onnx + _stamp(request.precision)
         return Compiled(engine, inputs, outputs, kernels, {"openvino": self.version()})
 
-    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
         """Compiles the graph for one image, in the precision that is stamped on it."""
         absence = self.absence()
         if absence is not None:
             raise EngineError(absence.reason, absence.hint)
+        if provider:
+            raise EngineError(f"openvino has no providers, asked for was {provider!r}", "leave it out")
         settings = _settings(_stamped_precision(engine), threads=threads)
-        return OpenVinoRunner(_read(engine), settings)
+        return OpenVinoRunner(CompiledGraph(_read(engine), settings))
 
 
 class OpenVinoRunner(Runner):
-    """The compiled graph, one copy for one image and, once it is needed, one for any other batch."""
+    """Runs the compiled graph, one copy for one image and, once it is needed, one for any other batch."""
 
-    def __init__(self, model: Any, settings: Mapping[str, Any]) -> None:
-        super().__init__(_specs(model.inputs), _specs(model.outputs))
-        self._model, self._settings = model, settings
-        self._single: Any = _request(_compiled(_of_one_image(model), settings))
+    def __init__(self, graph: CompiledGraph) -> None:
+        super().__init__(graph.inputs, graph.outputs)
+        self._graph: Any = graph
+        self._single: Any = _request(graph.single)
         self._several: Any = None
 
     def infer_impl(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
@@ -127,16 +131,40 @@ class OpenVinoRunner(Runner):
         results = _run(self._request_for(arrays), arrays)
         return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
 
+    def sibling_impl(self) -> OpenVinoRunner:
+        """An own request on the same compiled graph."""
+        return OpenVinoRunner(self._graph)
+
     def _request_for(self, arrays: Sequence[NDArray[np.float32]]) -> Any:
         if all(_fits_one_image(spec, array) for spec, array in zip(self.inputs, arrays, strict=True)):
             return self._single
         if self._several is None:
-            self._several = _request(_compiled(self._model, self._settings))
+            self._several = _request(self._graph.several)
         return self._several
 
     def close_impl(self) -> None:
         """The memory goes with the last reference."""
-        self._model = self._single = self._several = None
+        self._graph = self._single = self._several = None
+
+
+class CompiledGraph:
+    """What runners share: the graph compiled for one image, and for any batch from when that is first asked for."""
+
+    def __init__(self, model: Any, settings: Mapping[str, Any]) -> None:
+        self.inputs, self.outputs = _specs(model.inputs), _specs(model.outputs)
+        self.single = _compiled(_of_one_image(model), settings)
+        self._model, self._settings = model, settings
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _any_batch(self) -> Any:
+        return _compiled(self._model, self._settings)
+
+    @property
+    def several(self) -> Any:
+        """For any batch; compiled once, whichever thread comes first."""
+        with self._lock:
+            return self._any_batch
 
 
 def _fits_one_image(spec: TensorSpec, array: NDArray[np.float32]) -> bool:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..errors import DeviceError, EngineError
-from .base import Backend, Runner
+from .base import Backend
+from .runner import Runner
+
+if TYPE_CHECKING:
+    from ..cuda.driver import Device
 
 __all__ = ["NvidiaBackend"]
 
@@ -29,12 +35,19 @@ class NvidiaBackend(Backend):
         except DeviceError:
             return ""
 
-    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
         """On the GPU here; `threads` plays no role."""
         absence = self.cannot_run()
         if absence is not None:
             raise EngineError(absence.reason, absence.hint)
-        from ..cuda import Cuda
+        from ..cuda import open_driver
+        from .tensorrt_engine import LoadedEngine
         from .tensorrt_runner import TensorRtRunner
 
-        return TensorRtRunner(self.package(), engine, Cuda.load())
+        driver = open_driver()
+        kernels = self.kernels_file(engine, driver.device)
+        return TensorRtRunner(LoadedEngine(self.package(), engine, driver, kernels))
+
+    def kernels_file(self, engine: bytes, device: Device) -> Path | None:
+        """Where kernels that are compiled on the device are kept; None where all are in the engine."""
+        return None

@@ -72,7 +72,7 @@ class TensorRtBackend(NvidiaBackend):
 
     def compile(self, request: BuildRequest) -> Compiled:
         """Builds, loads the engine and asks the inspector for its kernels."""
-        from .tensorrt_runner import inspected
+        from .tensorrt_engine import inspected
 
         package = _package()
         plan = build_engine(package, request)

@@ -6,13 +6,19 @@ import functools
 import importlib
 import importlib.util
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from ..errors import BuildError, DeviceError
 from .base import Absence, BuildRequest, Compiled
 from .tensorrt_base import NvidiaBackend
 from .tensorrt_builder import build_engine
 from .tensorrt_listing import kernels_of_log
+from .tensorrt_rtx_settings import kernels_file
+
+if TYPE_CHECKING:
+    from ..cuda.driver import Device
 
 __all__ = ["TensorRtRtxBackend"]
 
@@ -79,6 +85,10 @@ class TensorRtRtxBackend(NvidiaBackend):
     def package(self) -> ModuleType:
         """Loaded once per process."""
         return _package()
+
+    def kernels_file(self, engine: bytes, device: Device) -> Path:
+        """In the user's cache folder."""
+        return kernels_file(engine, self.version(), device)
 
     def version(self) -> str:
         """Of the installed package."""

@@ -1,162 +1,217 @@
-"""Runs engines of TensorRT and TensorRT-RTX, and reads back what is in them; both need a GPU."""
+"""Runs engines of TensorRT and TensorRT-RTX on a GPU: batches of any size, two of them at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
-from types import ModuleType
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..cuda import Buffer, Cuda, Stream
-from ..errors import DeviceError, EngineError
+from ..cuda.interchange import DeviceArray, exchanged
+from ..cuda.memory import Streams
+from ..errors import ClosedError, DeviceError, DeviceLostError, EngineError, InputError
+from ..preprocess import Preprocess
 from ..specs import TensorSpec
-from .base import Runner
-from .tensorrt_builder import product_of, spec_of
-from .tensorrt_log import logger_of, recorded
+from .runner import Outputs, Runner, check_fits
+from .tensorrt_engine import LoadedEngine
+from .tensorrt_slot import Images, Kernel, Slot, Source
 
-__all__ = ["TensorRtRunner", "inspected", "load_engine"]
-
-PROFILE = 0  # the builder adds one
+__all__ = ["TensorRtRunner"]
 
 
-def load_engine(trt: ModuleType, engine: bytes) -> tuple[Any, Any]:
-    """The runtime and the engine, which must be freed before it. Raises `EngineError` if it does not load."""
-    with recorded(trt) as log:
-        runtime = trt.Runtime(logger_of(trt))
-        runtime.engine_host_code_allowed = False  # the default; an engine is data, and stays so
-        loaded = runtime.deserialize_cuda_engine(engine) if engine else None
-    if loaded is None:
-        raise EngineError(
-            f"{product_of(trt)} {trt.__version__} cannot load the engine: {log.cause() or 'it is empty'}",
-            "an engine loads with the version and on the kind of GPU it was built for; build it again",
-        )
-    return runtime, loaded
+@dataclass
+class Batch:
+    """What was submitted: where it runs, and the parts that are not finished yet."""
+
+    slot: Slot
+    parts: deque[dict[str, Source]]
 
 
-def inspected(trt: ModuleType, engine: bytes) -> str:
-    """The inspector's JSON, with the kernels as they run at the smallest batch of the profile.
+@dataclass
+class Failed:
+    """What could not begin, and why."""
 
-    Raises `EngineError` if the engine does not load.
-    """
-    runtime, loaded = load_engine(trt, engine)
-    context = _context(trt, loaded)
-    # Without shapes the inspector leaves out the types of all tensors that depend on the batch.
-    for spec in _specs(trt, loaded, inputs=True):
-        _set_shape(context, spec.name, _shapes(loaded, spec)[0])
-    inspector = loaded.create_engine_inspector()
-    inspector.execution_context = context
-    text: str = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    del inspector, context, loaded, runtime  # in this order: each uses those behind it
-    return text
+    error: Exception
 
 
 class TensorRtRunner(Runner):
-    """An engine with buffers for the largest batch of its profile, on a stream of its own."""
+    """An engine on streams and in memory of its own; a second slot is made when two batches are first in flight."""
 
-    def __init__(self, trt: ModuleType, engine: bytes, cuda: Cuda) -> None:
-        self._runtime, self._engine = load_engine(trt, engine)
-        self._trt = trt
-        super().__init__(_specs(trt, self._engine, inputs=True), _specs(trt, self._engine, inputs=False))
-        self._context = _context(trt, self._engine)
-        shapes = {spec.name: _shapes(self._engine, spec) for spec in self.inputs}
-        self._smallest_batch = max(smallest[0] for smallest, _ in shapes.values())
-        self._largest_batch = min(largest[0] for _, largest in shapes.values())
-        with ExitStack() as stack:
-            self._stream = Stream(cuda)
-            stack.callback(self._stream.close)
-            self._buffers: dict[str, Buffer] = {}
-            for name, (shape, dtype) in self._largest().items():
-                self._buffers[name] = Buffer(cuda, shape, dtype)
-                stack.callback(self._buffers[name].close)
-            self._memory = stack.pop_all()
+    def __init__(self, loaded: LoadedEngine) -> None:
+        """Takes over `loaded`, also where it raises."""
+        super().__init__(loaded.inputs, loaded.outputs)
+        self._loaded: LoadedEngine | None = loaded
+        self._memory = ExitStack()
+        self._idle: list[Slot] = []
+        self._kernel: Kernel | None = None
+        self._lost = False
+        with ExitStack() as failing:
+            failing.callback(self.close_impl)
+            with self._device():
+                self._streams = Streams(loaded.driver, self._memory)
+                self._idle.append(self._new_slot(loaded))
+            failing.pop_all()
 
-    def infer_impl(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """As many runs as the profile's largest batch needs; a batch below its smallest is filled up with zeros.
+    def infer_impl(self, feeds: Mapping[str, Any]) -> Outputs:
+        """As many runs as the profile's largest batch needs. Raises `DeviceError` if the GPU fails."""
+        return self.result_impl(self.submit_impl(feeds))
 
-        Raises `DeviceError` if the GPU fails.
-        """
-        images = len(next(iter(feeds.values())))
-        starts = range(0, images, self._largest_batch)
-        parts = [
-            self._run({name: array[start : start + self._largest_batch] for name, array in feeds.items()})
-            for start in starts
-        ]
-        return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in self.outputs}
+    def run_impl(self, feeds: Mapping[str, Any]) -> Outputs:
+        """`infer_impl`, which counts by the marks in the streams."""
+        return self.infer_impl(feeds)
 
-    def _run(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-        """One run: to the device, through the engine, back."""
-        images = len(next(iter(feeds.values())))
-        for name, array in feeds.items():
-            filled = _filled(array, self._smallest_batch)
-            _set_shape(self._context, name, filled.shape)
-            self._buffers[name].upload(filled, self._stream)
-        for name, buffer in self._buffers.items():
-            if not self._context.set_tensor_address(name, buffer.address):
-                raise EngineError(f"the engine refused the memory of {name!r}")
-        with recorded(self._trt) as log:
-            if not self._context.execute_async_v3(int(self._stream)):
-                raise DeviceError(f"the engine did not run: {log.cause() or 'TensorRT gives no reason'}")
-        results = {
-            spec.name: self._buffers[spec.name].download(tuple(self._context.get_tensor_shape(spec.name)), self._stream)
-            for spec in self.outputs
-        }
-        self._stream.synchronize()
-        return {name: array[:images].astype(np.float32) for name, array in results.items()}
+    def submit_impl(self, feeds: Mapping[str, Any]) -> Batch | Failed:
+        """Puts the first part into the streams."""
+        slot: Slot | None = None
+        try:
+            with self._device() as loaded:
+                parts = deque(_parts(feeds, loaded.largest_batch))
+                slot = self._idle.pop() if self._idle else self._new_slot(loaded)
+                slot.start(parts[0])
+            return Batch(slot, parts)
+        except Exception as error:
+            self._put_back(slot)
+            return Failed(error)
+
+    def result_impl(self, begun: Batch | Failed) -> Outputs:
+        """Finishes the first part, and runs those behind it one after the other in the same slot."""
+        try:
+            return self._failure(begun) if isinstance(begun, Failed) else self._outputs(begun)
+        except DeviceError as error:
+            if self._lost and not isinstance(error, DeviceLostError):  # TensorRT says only that it did not run
+                raise self._loss() from error
+            raise
+
+    def preprocess_on_device(self, preprocess: Preprocess) -> None:
+        """Compiles the kernel. Raises `EngineError` if the engine's input is not what `preprocess` yields."""
+        from ..cuda.resize_kernel import PreprocessKernel
+
+        with self._lock:
+            self._check_idle()
+            taken = [(spec.shape[1:], spec.dtype) for spec in self.inputs]
+            if taken != [(preprocess.input_shape, "float32")]:
+                raise EngineError(
+                    f"preprocessing gives float32 images of shape {preprocess.input_shape}, the engine takes {taken}",
+                    "leave out device_preprocessing",
+                )
+            with self._device() as loaded:
+                kernel = PreprocessKernel(loaded.driver, preprocess, loaded.largest_batch)
+                self._memory.callback(kernel.close)
+                self._memory.callback(self._streams.synchronize)
+                self._kernel = kernel
+
+    def infer_images(self, images: list[NDArray[np.uint8]]) -> Outputs:
+        """Outputs for decoded images `[H, W, C]`, which the device preprocesses."""
+        if self._kernel is None:
+            return super().infer_images(images)
+        if not images:
+            raise InputError("there are no images", "give one or more")
+        with self._lock:
+            self._check_idle()
+            return self.run_impl({self.inputs[0].name: Images(self._kernel, images)})
+
+    def device_input(self, spec: TensorSpec, given: Any) -> Any:
+        """What lies on the GPU stays there; it is copied behind what its producer has still to do."""
+        array = exchanged(spec.name, given, self._streams.copy)
+        if isinstance(array, DeviceArray):
+            try:
+                check_fits(spec, array.shape, array.dtype)
+            except InputError:
+                array.release()
+                raise
+        return array
+
+    def sibling_impl(self) -> TensorRtRunner:
+        """Streams, memory and contexts of its own, over the same deserialized engine."""
+        return TensorRtRunner(self._usable().acquire())
 
     def close_impl(self) -> None:
-        """Device memory, then TensorRT's objects, each before what it uses."""
-        try:
+        """Memory and contexts, then the engine if nobody else runs it; goes on where one cannot be freed."""
+        loaded = self._loaded
+        if loaded is None:
+            return
+        lost = self._lost  # then only the end of the process frees what is on the device
+        current = nullcontext() if lost else loaded.driver.current()  # where this fails, close again
+        with suppress(*[DeviceError] if lost else []), ExitStack() as behind, current:
+            self._loaded = None
+            self._idle.clear()
+            behind.callback(loaded.release)
             self._memory.close()
-        finally:
-            self._context = self._engine = self._runtime = None
 
-    def _largest(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Each tensor's shape at the largest batch, and its type; the outputs' follow from the inputs'."""
-        for spec in self.inputs:
-            _set_shape(self._context, spec.name, _shapes(self._engine, spec)[1])
-        return {
-            spec.name: (tuple(self._context.get_tensor_shape(spec.name)), spec.dtype)
-            for spec in (*self.inputs, *self.outputs)
-        }
+    @contextmanager
+    def _device(self) -> Iterator[LoadedEngine]:
+        """Makes the device's context current, which all calls need, TensorRT's too."""
+        loaded = self._usable()
+        try:
+            with loaded.driver.current():
+                yield loaded
+        except DeviceLostError:
+            self._lost = True
+            raise
 
+    def _usable(self) -> LoadedEngine:
+        if self._lost:
+            raise self._loss()
+        if self._loaded is None:
+            raise ClosedError("the engine is closed", "open it again")
+        return self._loaded
 
-def _filled(batch: NDArray[np.float32], smallest: int) -> NDArray[np.float32]:
-    """The batch, with images of zeros behind it if it is below the smallest that the engine takes."""
-    missing = smallest - len(batch)
-    return batch if missing <= 0 else np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)])
-
-
-def _context(trt: ModuleType, engine: Any) -> Any:
-    with recorded(trt) as log:
-        context = engine.create_execution_context()
-    if context is None:
-        raise DeviceError(
-            f"{product_of(trt)} cannot prepare the engine: {log.cause()}", "it may need more memory than is free"
+    def _loss(self) -> DeviceLostError:
+        return DeviceLostError(
+            "the device is lost to this process", "close the session, and open it again in a new process"
         )
-    return context
+
+    def _new_slot(self, loaded: LoadedEngine) -> Slot:
+        with ExitStack() as owner:
+            slot = Slot(loaded, self._streams, owner)
+            self._memory.enter_context(owner.pop_all())
+            self._memory.callback(self._streams.synchronize)  # nothing is freed while work is queued
+            return slot
+
+    def _put_back(self, slot: Slot | None) -> None:
+        """Once nothing of a batch that failed half-way uses its inputs, some of which are not ours."""
+        if slot is None:
+            return
+        if slot.busy:
+            with suppress(DeviceError), self._device():
+                slot.settle()
+        self._idle.append(slot)
+
+    def _failure(self, failed: Failed) -> NoReturn:
+        try:
+            raise failed.error
+        finally:
+            del failed.error  # its traceback leads back here: a cycle that would keep the inputs alive
+
+    def _outputs(self, batch: Batch) -> Outputs:
+        try:
+            with self._device():
+                parts = list(self._finished(batch))
+        finally:
+            self._put_back(batch.slot)
+        if len(parts) == 1:
+            return parts[0]
+        return {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in self.outputs}
+
+    def _finished(self, batch: Batch) -> Iterator[Outputs]:
+        """The outputs of one part after the other; counts them as one batch."""
+        times: Counter[str] = Counter()
+        images = 0
+        while batch.parts:
+            yield batch.slot.finish()
+            times.update(batch.slot.times())
+            images += len(next(iter(batch.parts.popleft().values())))
+            if batch.parts:
+                batch.slot.start(batch.parts[0])
+        self.count(images, **times)
 
 
-def _set_shape(context: Any, name: str, shape: tuple[int, ...]) -> None:
-    if not context.set_input_shape(name, shape):
-        raise EngineError(f"the engine refused the shape {list(shape)} of {name!r}")
-
-
-def _shapes(engine: Any, spec: TensorSpec) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The smallest and the largest shape of an input."""
-    fixed = tuple(side for side in spec.shape if side is not None)
-    if len(fixed) == len(spec.shape):
-        return fixed, fixed
-    smallest, _, largest = engine.get_tensor_profile_shape(spec.name, PROFILE)
-    return tuple(smallest), tuple(largest)
-
-
-def _specs(trt: ModuleType, engine: Any, *, inputs: bool) -> tuple[TensorSpec, ...]:
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    return tuple(
-        spec_of(name, engine.get_tensor_shape(name), engine.get_tensor_dtype(name))
-        for name in names
-        if (engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT) == inputs
-    )
+def _parts(feeds: Mapping[str, Source], largest: int) -> Iterator[dict[str, Source]]:
+    """The batch in pieces of at most `largest` images."""
+    images = len(next(iter(feeds.values())))
+    for start in range(0, images, largest):
+        yield {name: source[start : start + largest] for name, source in feeds.items()}

@@ -17,11 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgewright.cli_bundle import keygen, pack, unpack
+from edgewright.cli_device import build_engines, doctor_lines, or_bundle, verify_engines
 from edgewright.cli_options import (
     DEFAULT_MODEL,
+    bundle_options,
+    cache_option,
     graph_options,
     json_option,
     pipeline_options,
+    rebuild_option,
     run_options,
     source_options,
 )
@@ -43,8 +48,12 @@ def cli() -> None:
     """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
 
 
-def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[..., int]:
-    """A command that makes stages and says what they gave; `run` returns the document's own fields."""
+for outside in (keygen, pack, unpack):
+    cli.add_command(outside)
+
+
+def staged(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[..., int]:
+    """What makes stages and says what they gave; `run` returns the document's own fields."""
 
     @functools.wraps(run)
     def command(as_json: bool, **arguments: Any) -> int:
@@ -69,7 +78,12 @@ def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[...,
             click.echo("\n".join(_lines(fields)))
         return int(any(engine["status"] == "failed" for engine in fields.get("engines", ())))
 
-    return cli.command()(run_options(command))
+    return command
+
+
+def pipeline_command(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[..., int]:
+    """A command for a MODEL, with the options of all stages."""
+    return cli.command()(run_options(staged(run)))
 
 
 def _lines(fields: Mapping[str, Any]) -> Iterator[str]:
@@ -135,9 +149,18 @@ def quantize(pipeline: Pipeline) -> dict[str, Any]:
     return {"graphs": graphs}
 
 
-@pipeline_command
+@cli.command()
+@run_options
+@bundle_options
+@rebuild_option
+@or_bundle(build_engines)
+@staged
 def build(pipeline: Pipeline) -> dict[str, Any]:
-    """Build an engine for every backend that is installed."""
+    """Build an engine for every backend that is installed.
+
+    On a device MODEL is a bundle: its engines are built for the device, proven on its golden inputs, and kept.
+    Exit code then 0: all are proven; 3: a self-test failed or nothing is proven; 1: an error.
+    """
     rows = pipeline.built
     return {
         "engines": [
@@ -160,8 +183,8 @@ def _prove(as_json: bool, **arguments: Any) -> int:
     from edgewright.console import ConsoleObserver, print_outcome
     from edgewright.pipeline import Pipeline
     from edgewright.report import EXIT_CODES, engine_document
+    from edgewright.runtime.choice import REPORT_FILE
     from edgewright.runtime.files import write_json
-    from edgewright.runtime.session import REPORT_FILE
 
     with ConsoleObserver() as observer:
         pipeline = Pipeline(pipeline_options(**arguments), observer)
@@ -188,9 +211,28 @@ def engine(**arguments: Any) -> int:
 
 @cli.command()
 @run_options
+@bundle_options
+@or_bundle(verify_engines)
 def verify(**arguments: Any) -> int:
-    """Compare every engine with PyTorch on the evaluation images; builds what is missing."""
+    """Compare every engine with PyTorch on the evaluation images; builds what is missing.
+
+    On a device MODEL is a bundle: the self-test of every engine that is kept for it is repeated.
+    """
     return _prove(**arguments)
+
+
+@cli.command()
+@cache_option
+@json_option
+def doctor(cache: Path | None, as_json: bool) -> None:
+    """What this machine has, and which backends are ready on it."""
+    from edgewright.runtime.device.doctor import examination
+
+    found = examination(cache=cache)
+    if as_json:
+        click.echo(json.dumps({"schema": "edgewright.doctor/1", **found.to_json()}, indent=1))
+        return
+    click.echo("\n".join(doctor_lines(found)))
 
 
 @cli.command()
@@ -260,13 +302,15 @@ def audit(engine: Path, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--engine", "path", type=click.Path(path_type=Path), help="Engine file or build folder.")
+@click.option("--engine", "path", type=click.Path(path_type=Path), help="Engine file, build folder or bundle.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Use build/MODEL when --engine is not given.")
 @click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build"), show_default=True)
 @click.option("--backend", help="Instead of the recommended one.")
 @click.option("--precision", help="Instead of the recommended one.")
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to name.")
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU threads; 0: all cores.")
+@click.option("--provider", help="What onnxruntime runs on: cpu, cuda or tensorrt.")
+@bundle_options
 @json_option
 def run(
     images: tuple[Path, ...],
@@ -277,14 +321,17 @@ def run(
     precision: str | None,
     top: int,
     threads: int,
+    provider: str | None,
     as_json: bool,
+    **bundle: Any,
 ) -> None:
     """Classify IMAGES with a built engine."""
     from edgewright.export.resolve import folder_name
     from edgewright.runtime.session import Session
 
     folder = path or build_dir / folder_name(model)
-    with Session.open(folder, backend=backend, precision=precision, threads=threads) as session:
+    options: dict[str, Any] = {"threads": threads, "provider": provider, **bundle}
+    with Session.open(folder, backend=backend, precision=precision, **options) as session:
         click.echo(f"engine: {session.why}", err=True)
         results = session.classify(images, top)
         if as_json:

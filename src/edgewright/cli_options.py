@@ -17,11 +17,25 @@ if TYPE_CHECKING:
     from edgewright.export.resolve import ModelRequest
     from edgewright.pipeline import Options
 
-__all__ = ["DEFAULT_MODEL", "graph_options", "json_option", "pipeline_options", "run_options", "source_options"]
+__all__ = [
+    "BUNDLE_ONLY",
+    "DEFAULT_MODEL",
+    "bundle_options",
+    "cache_option",
+    "graph_options",
+    "json_option",
+    "pipeline_options",
+    "rebuild_option",
+    "run_options",
+    "source_options",
+]
 
 DEFAULT_MODEL = "mobilenet_effnet_b0"
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
+
+BUNDLE_ONLY = ("require_signature", "allow_older", "cache", "rebuild")
+"""Parameters that mean something for a bundle alone."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
@@ -136,6 +150,29 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     ),
     click.option("--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."),
 )
+
+cache_option = click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Bundle: where this device keeps engines; default: $EDGEWRIGHT_CACHE or ~/.cache/edgewright.",
+)
+
+BUNDLE_OPTIONS: tuple[Decorator, ...] = (
+    click.option(
+        "--require-signature", type=click.Path(path_type=Path), metavar="KEYFILE",
+        help="Bundle: only if a key in this file signed it.",
+    ),
+    click.option("--allow-older", is_flag=True, help="Bundle: even if a higher version was built here."),
+    cache_option,
+)  # fmt: skip
+
+rebuild_option = click.option("--rebuild", is_flag=True, help="Bundle: build what is proven already once more.")
+
+
+def bundle_options(command: Command) -> Command:
+    """The options that say which bundles are trusted, and where a device keeps what it makes of them."""
+    return _decorated(command, BUNDLE_OPTIONS)
 
 
 def source_options(command: Command) -> Command:

@@ -13,15 +13,15 @@ from edgewright.graphs import NVIDIA_DIALECTS, Graphs
 from edgewright.outcome import EngineRow
 from edgewright.runtime.audit import shares_of_work
 from edgewright.runtime.backends import BACKENDS, Absence, Backend, BuildRequest, Built
+from edgewright.runtime.choice import REPORT_FILE
 from edgewright.runtime.engine_files import ENGINES_FOLDER
 from edgewright.runtime.errors import BuildError, CalibrationError, QuantizationError
 from edgewright.runtime.files import read_json, sha256_of, write_bytes, write_json
 from edgewright.runtime.preprocess import Preprocess
-from edgewright.runtime.session import REPORT_FILE
 from edgewright.runtime.specs import EngineInfo, OnnxArtifact, PlannedLayer
 from edgewright.workspace import machine, source_hash
 
-__all__ = ["Engines"]
+__all__ = ["NOTHING_TO_GAIN", "Engines", "planned_in"]
 
 CODE = "engines.py"
 NOTHING_TO_GAIN = Absence(
@@ -115,7 +115,7 @@ class Engines:
                 BuildRequest(
                     content,
                     precision,
-                    _planned(content, precision),
+                    planned_in(content, precision),
                     target,
                     options.profile,
                     options.workspace,
@@ -161,8 +161,8 @@ def _without(row: EngineRow, absence: Absence) -> EngineRow:
     return replace(row, reason_code=absence.reason_code, reason=f"{absence.reason}; {absence.hint}")
 
 
-def _planned(graph: bytes, precision: str) -> tuple[PlannedLayer, ...]:
-    """What each layer of the graph is to run in; BF16 is no matter of the graph."""
+def planned_in(graph: bytes, precision: str) -> tuple[PlannedLayer, ...]:
+    """What each layer of a serialized graph is to run in; BF16 is no matter of the graph."""
     import onnx
     import onnx_ir as ir
 

@@ -27,7 +27,7 @@ from edgewright.runtime.files import read_json, sha256_of, sha256_of_file, write
 from edgewright.runtime.specs import OnnxArtifact, TensorSpec
 from edgewright.workspace import StageRun, library_versions, source_hash
 
-__all__ = ["NVIDIA_DIALECTS", "Graphs", "QuantizedArtifact"]
+__all__ = ["CALIBRATION_FILE", "NVIDIA_DIALECTS", "Graphs", "QuantizedArtifact"]
 
 CODE = "graphs.py"
 CHECK_SEED = 21

@@ -21,78 +21,81 @@ __all__ = ["Options", "Pipeline"]
 
 
 class Pipeline:
-    """One model in one build folder. Call the methods inside `workspace.locked()`."""
+    """One model in one build folder. Call the methods inside `workspace.locked()`.
+
+    `context`, `graphs`, `engines` and `proof` are its parts, for what is made of more than one of them.
+    """
 
     def __init__(self, options: Options, observer: Observer | None = None) -> None:
-        self._context = RunContext(options, observer)
-        self._graphs = Graphs(self._context)
-        self._engines = Engines(self._context, self._graphs)
-        self._proof = Proof(self._context, self._graphs, self._engines)
+        self.context = RunContext(options, observer)
+        self.graphs = Graphs(self.context)
+        self.engines = Engines(self.context, self.graphs)
+        self.proof = Proof(self.context, self.graphs, self.engines)
 
     @property
     def workspace(self) -> Workspace:
         """The build folder."""
-        return self._context.workspace
+        return self.context.workspace
 
     @property
     def runs(self) -> list[StageRun]:
         """The stages that were made or reused so far."""
-        return self._context.runs
+        return self.context.runs
 
     @property
     def exported(self) -> OnnxArtifact:
         """The ONNX graph of the source."""
-        return self._graphs.exported
+        return self.graphs.exported
 
     @property
     def folded(self) -> OnnxArtifact:
         """The graph without batch normalization."""
-        return self._graphs.folded
+        return self.graphs.folded
 
     @property
     def calibrated(self) -> str:
         """SHA-256 of `calibration.json`."""
-        return self._graphs.calibrated
+        return self.graphs.calibrated
 
     @property
     def half(self) -> OnnxArtifact:
         """The graph in FP16, for NVIDIA's targets."""
-        return self._graphs.half
+        return self.graphs.half
 
     @property
     def dialects(self) -> tuple[str, ...]:
         """Those of the INT8 graphs that the backends of this run read."""
-        return self._engines.dialects
+        return self.engines.dialects
 
     def quantized(self, dialect: str) -> OnnxArtifact:
         """The graph with explicit Q/DQ in `dialect`."""
-        return self._graphs.quantized(dialect).artifact
+        return self.graphs.quantized(dialect).artifact
 
     @property
     def built(self) -> tuple[EngineRow, ...]:
         """A row for every engine: built, or skipped or failed with its reason."""
-        return self._engines.rows
+        return self.engines.rows
 
     def prove(self) -> Outcome:
         """Runs every engine and the PyTorch model on the same evaluation images, and times the engines in turns.
 
         Engines for a device that is not here are simulated where that says something.
         """
-        self._context.ask_for(VERDICT_NEEDS)
-        self._graphs.check_images(calibration=self._engines.need_calibration)
-        built, source = self._engines.rows, self._context.source
-        expected, images = self._proof.reference, self._graphs.evaluation_images
-        judged = [self._proof.judged(row) for row in built]
-        latencies = self._proof.latencies([row for row in judged if row.ran])
+        self.context.ask_for(VERDICT_NEEDS)
+        self.graphs.check_images(calibration=self.engines.need_calibration)
+        built, source = self.engines.rows, self.context.source
+        expected, images = self.proof.reference, self.graphs.evaluation_images
+        judged = [self.proof.judged(row) for row in built]
+        latencies = self.proof.latencies([row for row in judged if row.ran])
         rows = tuple(replace(row, latency=latencies.get(str(row.path))) for row in judged)
         own = compare(expected, expected, images.labels)
         verdict, recommended = conclusion(rows)
         return Outcome(
-            model=self._context.options.model,
+            model=self.context.options.model,
             weights=source.weights,
             verdict=verdict,
             recommended=recommended,
-            stages=tuple(self._context.runs),
+            stages=tuple(self.context.runs),
             reference=Reference(own.top1, own.top5, own.images, own.labelled),
             rows=rows,
             targets=target_choices(rows),

@@ -100,6 +100,17 @@ class Proof:
             return replace(row, status="failed", reason_code="run_failed", reason=str(error))
         return replace(row, reason_code=absence.reason_code, reason=f"{absence.reason}; {absence.hint}")
 
+    def engine_answers(self, row: EngineRow, images: NDArray[np.float32]) -> Logits:
+        """Logits `[N, classes]` of an engine that runs here, on preprocessed images `[N, C, H, W]`."""
+        opened = functools.partial(self._opened, row, self._context.options.threads)
+        with _inferring(opened, self._at_once(ENGINE_BATCH)) as infer:
+            return infer(images)
+
+    def simulated_answers(self, graph: OnnxArtifact, images: NDArray[np.float32]) -> Logits:
+        """The same of a graph's numerics in FP32, FP16 or INT8, run on the CPU."""
+        with _inferring(functools.partial(self._simulation, graph), self._at_once(ENGINE_BATCH)) as infer:
+            return infer(images)
+
     def latencies(self, rows: Sequence[EngineRow]) -> dict[str, Latency]:
         """Of the engines that run here, by their paths, measured in turns."""
         if not rows:
@@ -174,22 +185,23 @@ class Proof:
     def _simulate(self, graph: OnnxArtifact) -> Logits:
         stem = graph.path.removesuffix(".onnx")
         threads = self._context.options.threads
-
-        def opened() -> Runner:
-            import onnx_ir as ir
-
-            from edgewright.optimize.simulate import signed_to_unsigned, simulate_fp16
-
-            simulation = signed_to_unsigned(simulate_fp16(ir.load(self._context.workspace.path(graph.path))))
-            return backend_named("onnxruntime").open(ir.to_proto(simulation).SerializeToString(), threads=threads)
-
         parts = {
             "graph": graph.sha256,
-            "simulation code": source_hash("optimize/simulate.py", "runtime/backends/onnxruntime_cpu.py"),
+            "simulation code": source_hash("optimize/simulate.py", "runtime/backends/onnxruntime_backend.py"),
             "libraries": library_versions(*GRAPH_LIBRARIES),
         }
+        opened = functools.partial(self._simulation, graph)
         inferring = functools.partial(_inferring, opened, self._at_once(ENGINE_BATCH))
         return self._logits(f"simulate {stem}", f"simulated-{stem}", parts, inferring, threads=threads)
+
+    def _simulation(self, graph: OnnxArtifact) -> Runner:
+        import onnx_ir as ir
+
+        from edgewright.optimize.simulate import signed_to_unsigned, simulate_fp16
+
+        simulation = signed_to_unsigned(simulate_fp16(ir.load(self._context.workspace.path(graph.path))))
+        content = ir.to_proto(simulation).SerializeToString()
+        return backend_named("onnxruntime").open(content, threads=self._context.options.threads)
 
     def _opened(self, row: EngineRow, threads: int) -> Runner:
         engine = self._context.workspace.path(str(row.path)).read_bytes()

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -165,8 +166,10 @@ class Workspace:
             return False
 
     def _remove_leftovers(self) -> None:
-        for path in self.folder.rglob(f"{TEMPORARY_PREFIX}*"):
-            if path.is_file():  # of a run that was killed; nobody else holds the lock
+        for path in list(self.folder.rglob(f"{TEMPORARY_PREFIX}*")):
+            if path.is_dir():  # of a run that was killed; nobody else holds the lock
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager

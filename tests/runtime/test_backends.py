@@ -33,7 +33,7 @@ from edgewright.runtime.backends import (
     Runner,
     backend_named,
 )
-from edgewright.runtime.backends import onnxruntime_cpu as module
+from edgewright.runtime.backends import onnxruntime_backend as module
 from edgewright.runtime.errors import BuildError, EngineError
 from edgewright.runtime.specs import BatchProfile, Kernel, PlannedLayer, TensorSpec
 from textual_graphs import model_of, normal
@@ -147,7 +147,7 @@ class FakeBackend(Backend):
         self.builds += 1
         return Compiled(request.onnx, (INPUT,), (OUTPUT,), self.kernels)
 
-    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
         return FakeRunner()
 
 

@@ -352,8 +352,8 @@ def test_closed_engine_is_refused_and_its_memory_freed(fp32_built: Built, images
     runner = OPENVINO.open(fp32_built.compiled.engine)
     runner.close()
     runner.close()
-    assert {name: vars(runner)[name] for name in ("_model", "_single", "_several")} == dict.fromkeys(
-        ("_model", "_single", "_several")
+    assert {name: vars(runner)[name] for name in ("_graph", "_single", "_several")} == dict.fromkeys(
+        ("_graph", "_single", "_several")
     )
     with pytest.raises(EngineError, match="the engine is closed"):
         runner.infer({"x": images})

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgewright.runtime.errors import DataError
-from edgewright.runtime.preprocess import INTERPOLATIONS, Preprocess, open_image
+from edgewright.runtime.preprocess import INTERPOLATIONS, Preprocess, crop_start, open_image, resized_size
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 IMAGENET = Preprocess(resize=40, crop=(32, 32), mean=MEAN, std=STD)
@@ -182,6 +182,45 @@ def test_arrays_are_images() -> None:
     np.testing.assert_array_equal(IMAGENET(colour), IMAGENET(picture(50, 40)))
     np.testing.assert_array_equal(IMAGENET(grey), IMAGENET(picture(50, 40, "L")))
     np.testing.assert_array_equal(IMAGENET(grey[..., None]), IMAGENET(grey))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK", "P", "RGB"])
+@pytest.mark.parametrize("colour", ["RGB", "L"])
+def test_source_pixels_are_the_whole_image_in_the_colours_of_the_network(mode: str, colour: str) -> None:
+    channels = 3 if colour == "RGB" else 1
+    preprocess, image = (
+        replace(IMAGENET, colour=colour, mean=MEAN[:channels], std=STD[:channels]),
+        picture(50, 61, mode),
+    )
+    pixels = preprocess.source_pixels(image)
+    assert pixels.shape == (61, 50, channels)
+    np.testing.assert_array_equal(pixels.squeeze(), np.asarray(image.convert(colour)))
+    np.testing.assert_array_equal(preprocess(pixels), preprocess(image))
+
+
+def test_source_pixels_of_a_deep_image_are_refused() -> None:
+    with pytest.raises(DataError, match="more than 8 bits"):
+        IMAGENET.source_pixels(Image.new("I", (40, 40)))
+
+
+@pytest.mark.parametrize(
+    ("length", "crop", "start"),
+    [(10, 4, 3), (10, 5, 2), (11, 4, 4), (13, 4, 4), (4, 10, -3), (5, 10, -2), (1, 4, -1), (7, 7, 0)],
+)
+def test_a_centre_crop_starts_where_torchvision_does(length: int, crop: int, start: int) -> None:
+    from torchvision.transforms.functional import center_crop
+
+    assert crop_start(length, crop) == start
+    ramp = Image.fromarray(np.arange(1, length + 1, dtype=np.uint8)[None])
+    kept = np.asarray(center_crop(ramp, [1, crop]))[0]
+    assert kept.tolist() == [i + 1 if 0 <= i < length else 0 for i in range(start, start + crop)]
+
+
+@pytest.mark.parametrize("resize", [40, 24, 7, (30, 47), None], ids=str)
+@pytest.mark.parametrize("size", [(60, 83), (83, 60), (50, 50), (1, 9), (400, 3)], ids=str)
+def test_resized_size_is_that_of_the_image(size: tuple[int, int], resize: int | tuple[int, int] | None) -> None:
+    height, width, _ = replace(IMAGENET, resize=resize, crop=None).pixels(picture(*size)).shape
+    assert resized_size(size, resize) == (width, height)
 
 
 def test_batch_stacks_single_images() -> None:

@@ -7,84 +7,30 @@ import json
 import shutil
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.special import softmax
 
 import edgewright.runtime
-from edgewright.runtime import EngineInfo, Preprocess, Session
+from edgewright.runtime import Counters, EngineInfo, Session
 from edgewright.runtime import session as module
 from edgewright.runtime.backends import Runner, backend_named
-from edgewright.runtime.backends.onnxruntime_cpu import OnnxRuntimeBackend
+from edgewright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+from edgewright.runtime.choice import REPORT_FILE
 from edgewright.runtime.engine_files import ENGINES_FOLDER
 from edgewright.runtime.errors import DataError, EngineError
-from edgewright.runtime.files import sha256_of, write_json
-from edgewright.runtime.session import REPORT_FILE, Prediction
-from edgewright.runtime.specs import LayerPrecision, TensorSpec
+from edgewright.runtime.files import write_json
+from edgewright.runtime.session import Prediction
+from toy_build import INPUT, LABELS, OUTPUT, PREPROCESS, expected_logits, normal, photograph, put_engine, put_report
 
 Array = NDArray[Any]
-
-LABELS = ("ant", "bee", "cat", "dog", "eel", "fox")
-PREPROCESS = Preprocess((10, 8), (8, 8), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
-INPUT = TensorSpec("image", (None, 3, 8, 8), "float32")
-OUTPUT = TensorSpec("logits", (None, 6), "float32")
-
-
-def normal(name: str, *shape: int) -> Array:
-    """Float32, seeded by its name."""
-    return np.random.default_rng(zlib.crc32(name.encode())).normal(size=shape).astype(np.float32)
-
-
-def engine(weights: str = "w") -> bytes:
-    proto = onnx.parser.parse_model(
-        """<ir_version: 10, opset_import: ["": 19]> agraph (float[N, 3, 8, 8] image) => (float[N, 6] logits)
-        { f = Flatten (image) logits = Gemm (f, w) }"""
-    )
-    proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(weights, 192, 6) / 10, "w"))
-    content: bytes = proto.SerializeToString()
-    return content
-
-
-def put_engine(
-    folder: Path, precision: str = "fp32", backend: str = "onnxruntime", content: bytes | None = None
-) -> Path:
-    """Writes an engine and its description into a build folder; the path of the engine."""
-    content = engine(precision) if content is None else content
-    path = folder / ENGINES_FOLDER / f"{backend}-{precision}.onnx"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    info = EngineInfo(
-        backend=backend,
-        precision=precision,
-        target=None,
-        inputs=(INPUT,),
-        outputs=(OUTPUT,),
-        preprocess=PREPROCESS,
-        labels=LABELS,
-        onnx_sha256=sha256_of(content),
-        engine_sha256=sha256_of(content),
-        bytes=len(content),
-        layers=(LayerPrecision("head", "Gemm", precision, precision, 1152, "head"),),
-        versions={},
-    )
-    write_json(path.with_suffix(".json"), info.to_json())
-    return path
-
-
-def put_report(folder: Path, precision: str | None) -> None:
-    recommended = {
-        "backend": "onnxruntime", "precision": precision, "path": f"{ENGINES_FOLDER}/onnxruntime-{precision}.onnx"
-    }  # fmt: skip
-    write_json(folder / REPORT_FILE, {"recommended": recommended if precision else None})
 
 
 @pytest.fixture
@@ -94,14 +40,6 @@ def build(tmp_path: Path) -> Path:
         put_engine(tmp_path, precision)
     put_report(tmp_path, "int8")
     return tmp_path
-
-
-def photograph(seed: int = 0, size: tuple[int, int] = (9, 12)) -> NDArray[np.uint8]:
-    return np.random.default_rng([5, seed]).integers(0, 256, (*size, 3), np.uint8)
-
-
-def expected_logits(weights: str, batch: Array) -> Array:
-    return np.asarray(batch.reshape(len(batch), -1).astype(np.float64) @ (normal(weights, 192, 6) / 10), np.float64)
 
 
 # --- What is opened ----------------------------------------------------------------------------------------------
@@ -453,6 +391,62 @@ def test_preprocessing_is_that_of_the_description(info: EngineInfo) -> None:
         runner = FakeEcho(np.zeros((1, 6), np.float32))
         Session(runner, replace(info, preprocess=preprocess), "").classify([photograph()])
         np.testing.assert_array_equal(runner.logits, preprocess.batch([photograph()]))
+
+
+# --- two batches in flight, counters, options --------------------------------------------------------------------
+
+
+def test_batches_are_submitted_and_their_results_taken(build: Path) -> None:
+    first, second = normal("first", 2, 3, 8, 8), normal("second", 3, 3, 8, 8)
+    with Session.open(build) as session:
+        session.submit(first)
+        session.submit({"image": second})
+        with pytest.raises(EngineError, match="2 batches are in flight already; take a result first"):
+            session.submit(first)
+        for batch in (first, second):
+            np.testing.assert_allclose(session.result()["logits"], expected_logits("int8", batch), rtol=1e-4, atol=1e-4)
+        session.submit(first)
+        session.drop()
+        with pytest.raises(EngineError, match="nothing is in flight"):
+            session.result()
+
+
+def test_counters_know_preprocessing_and_computing(build: Path) -> None:
+    with Session.open(build) as session:
+        assert session.counters == Counters()
+        session.infer(normal("batch", 2, 3, 8, 8))
+        assert session.counters.preprocess_ms == 0
+        session.classify([photograph(seed) for seed in range(17)])
+        counters = session.counters
+    assert (counters.batches, counters.images) == (3, 19)
+    assert 0 < counters.preprocess_ms < 5000
+    assert 0 < counters.compute_ms < 5000
+
+
+def test_a_sibling_answers_the_same_and_counts_for_itself(build: Path) -> None:
+    batch = normal("batch", 2, 3, 8, 8)
+    with Session.open(build) as session:
+        other = session.sibling()
+        wanted = session.infer(batch)["logits"]
+    np.testing.assert_array_equal(other.infer(batch)["logits"], wanted)
+    assert (other.info, other.why, other.counters.batches) == (session.info, session.why, 1)
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"provider": "abacus"}, r"onnxruntime has no provider 'abacus', it has cpu, cuda, tensorrt; leave it out"),
+        ({"device_preprocessing": True}, "no device to preprocess on; leave out device_preprocessing"),
+    ],
+)
+def test_options_that_the_backend_lacks_are_refused(build: Path, options: dict[str, Any], message: str) -> None:
+    refused(build, message, **options)
+
+
+def test_the_provider_reaches_the_backend(build: Path) -> None:
+    with Session.open(build, provider="cpu") as session:
+        assert session.info.backend == "onnxruntime"
 
 
 # --- A light import ----------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Mapping
 from enum import Enum, IntEnum
@@ -15,10 +14,8 @@ import pytest
 
 from edgewright.runtime.backends import BACKENDS, Absence, BuildRequest
 from edgewright.runtime.backends import tensorrt_gpu as module
-from edgewright.runtime.cuda import Cuda
-from edgewright.runtime.errors import BuildError, DeviceError, EngineError
+from edgewright.runtime.errors import BuildError, EngineError
 from edgewright.runtime.specs import BatchProfile, PlannedLayer, TensorSpec
-from fake_cuda import FakeCudart
 from tensorrt_graphs import graph, normal, planned
 
 TENSORRT = BACKENDS["tensorrt"]
@@ -217,24 +214,7 @@ class Context(Part):
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._shape = shape
-        self._addresses: dict[str, int] = {}
         return "shape" not in self._trt.faults
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self._shape
-
-    def set_tensor_address(self, name: str, address: int) -> bool:
-        self._addresses[name] = address
-        return "address" not in self._trt.faults
-
-    def execute_async_v3(self, stream: int) -> bool:
-        if "run" in self._trt.faults:
-            self._trt.say(self._logger, "an illegal memory access was encountered")
-            return False
-        count = self._shape[0] * 2
-        given, result = ((ctypes.c_float * count).from_address(self._addresses[name]) for name in "xy")
-        result[:] = [2 * value for value in given]
-        return True
 
 
 class Inspector(Part):
@@ -255,11 +235,10 @@ def release(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def using(monkeypatch: pytest.MonkeyPatch, trt: FakeTensorRt, cudart: FakeCudart | None = None) -> FakeTensorRt:
+def using(monkeypatch: pytest.MonkeyPatch, trt: FakeTensorRt) -> FakeTensorRt:
     monkeypatch.setattr(module, "_package", lambda: trt)
     monkeypatch.setattr(module, "PACKAGE", "json")  # installed, but without a record of its version, as JetPack's
     monkeypatch.setattr(module, "_no_device", lambda: None)
-    monkeypatch.setattr(Cuda, "load", classmethod(lambda cls: cls(cudart)))
     return trt
 
 
@@ -406,73 +385,6 @@ def test_it_builds_for_no_other_gpu() -> None:
     assert absence is not None
     assert absence.reason_code == "target_unsupported"
     assert TENSORRT.unsupported("int8", None) is None
-
-
-# --- running, with the fake --------------------------------------------------------------------------------------
-
-
-def rows(count: int) -> Any:
-    return np.arange(count * 2, dtype=np.float32).reshape(count, 2)
-
-
-def test_a_run_copies_computes_and_copies_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    cudart = FakeCudart()
-    using(monkeypatch, FakeTensorRt(), cudart)
-    with TENSORRT.open(PLAN) as runner:
-        assert runner.inputs == (TensorSpec("x", (None, 2), "float32"),)
-        assert runner.outputs == (TensorSpec("y", (None, 2), "float32"),)
-        results = [runner.infer({"x": rows(count)})["y"] for count in (2, 8, 3)]
-        assert cudart.copies == [(way, count * 8) for count in (2, 8, 3) for way in ("up", "down")]
-        assert cudart.synchronized
-        for count, result in zip((2, 8, 3), results, strict=True):  # each an array of its own
-            np.testing.assert_array_equal(result, 2 * rows(count))
-    assert cudart.held == 0
-
-
-@pytest.mark.parametrize(
-    ("count", "runs"),
-    [(1, (2,)), (8, (8,)), (9, (8, 2)), (19, (8, 8, 3))],  # the fake's profile takes 2 to 8
-)
-def test_any_batch_is_split_and_filled_up(count: int, runs: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    cudart = FakeCudart()
-    using(monkeypatch, FakeTensorRt(), cudart)
-    with TENSORRT.open(PLAN) as runner:
-        result = runner.infer({"x": rows(count)})["y"]
-    assert [size for way, size in cudart.copies if way == "up"] == [size * 8 for size in runs]
-    np.testing.assert_array_equal(result, 2 * rows(count))
-
-
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("run", "the engine did not run: an illegal memory access was encountered"),
-        ("address", "the engine refused the memory of 'x'"),
-    ],
-)
-def test_a_run_that_fails_is_an_error(fault: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cudart = FakeCudart()
-    using(monkeypatch, FakeTensorRt(faults={fault: True}), cudart)
-    with TENSORRT.open(PLAN) as runner, pytest.raises(EngineError, match=message):
-        runner.infer({"x": rows(2)})
-    assert cudart.held == 0
-
-
-@pytest.mark.parametrize("function", ["cudaMalloc", "cudaMallocHost"])
-def test_too_little_memory_frees_what_was_taken(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    cudart = FakeCudart(function)
-    using(monkeypatch, FakeTensorRt(), cudart)
-    with pytest.raises(DeviceError, match="out of memory"):
-        TENSORRT.open(PLAN)
-    assert cudart.held == 0
-
-
-@pytest.mark.parametrize("engine", [b"", b"another plan"])
-def test_an_engine_that_does_not_load_is_an_error(engine: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    using(monkeypatch, FakeTensorRt(), FakeCudart())
-    with pytest.raises(
-        EngineError, match=r"TensorRT 10.3.0 cannot load the engine: .*; an engine loads with the version"
-    ):
-        TENSORRT.open(engine)
 
 
 # --- the real package --------------------------------------------------------------------------------------------

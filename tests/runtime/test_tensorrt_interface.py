@@ -32,6 +32,7 @@ USED: dict[str, tuple[str, ...]] = {
         "Builder",
         "BuilderFlag",
         "ComputeCapability",
+        "CudaGraphStrategy",
         "DataType",
         "DeviceType",
         "ILogger",
@@ -50,6 +51,7 @@ USED: dict[str, tuple[str, ...]] = {
         "create_optimization_profile",
     ),
     "BuilderFlag": ("GPU_FALLBACK", "TF32"),
+    "CudaGraphStrategy": ("WHOLE_GRAPH_CAPTURE",),
     "DataType": ("FLOAT",),
     "DeviceType": ("DLA",),
     "EngineInspector": ("execution_context", "get_engine_information"),
@@ -69,6 +71,7 @@ USED: dict[str, tuple[str, ...]] = {
     "ICudaEngine": (
         "create_engine_inspector",
         "create_execution_context",
+        "create_runtime_config",
         "get_tensor_dtype",
         "get_tensor_mode",
         "get_tensor_name",
@@ -90,6 +93,8 @@ USED: dict[str, tuple[str, ...]] = {
         "num_outputs",
     ),
     "IOptimizationProfile": ("set_shape",),
+    "IRuntimeCache": ("deserialize", "serialize"),
+    "IRuntimeConfig": ("create_runtime_cache", "cuda_graph_strategy", "set_runtime_cache"),
     "ITensor": ("dtype", "name", "shape"),
     "ITimingCache": ("serialize",),
     "LayerInformationFormat": ("JSON",),
@@ -116,13 +121,23 @@ GUARDED: dict[str, Guard] = {
     "tensorrt.ComputeCapability": Guard(RTX_ONLY),
     "IBuilderConfig.num_compute_capabilities": Guard(RTX_ONLY, by="ComputeCapability"),
     "IBuilderConfig.set_compute_capability": Guard(RTX_ONLY, by="ComputeCapability"),
+    # all in a file of TensorRT-RTX's only, which asks whether it captures CUDA graphs itself
+    "tensorrt.CudaGraphStrategy": Guard(RTX_ONLY),
+    "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE": Guard(RTX_ONLY),
+    "ICudaEngine.create_runtime_config": Guard(("10.3",)),
+    "IRuntimeCache.deserialize": Guard(RTX_ONLY),
+    "IRuntimeCache.serialize": Guard(RTX_ONLY, by="ComputeCapability"),  # a timing cache has it everywhere
+    "IRuntimeConfig.create_runtime_cache": Guard(RTX_ONLY),
+    "IRuntimeConfig.cuda_graph_strategy": Guard(RTX_ONLY),
+    "IRuntimeConfig.set_runtime_cache": Guard(RTX_ONLY),
 }
 
 # Names that TensorRT has too, but that our sources look up on other objects: lists, arrays, our own dataclasses.
 ORDINARY = {
     *("append", "clear", "count", "extend", "format", "insert", "max", "min", "pop", "remove", "update"),
-    *("data", "itemsize", "kind", "nbytes", "strides"),
+    *("data", "itemsize", "kind", "nbytes", "size", "strides"),
     *("engine", "message", "precision"),
+    *("allocate", "code", "enqueue", "kernel", "release", "start", "value", "write"),
 }
 
 # Gone from a class in 11 while another class of 11 still has the name, so that the name alone does not tell; taken for

@@ -15,7 +15,7 @@ import pytest
 from edgewright.runtime.backends import BACKENDS, BuildRequest, Built
 from edgewright.runtime.backends import tensorrt_rtx as module
 from edgewright.runtime.backends.tensorrt_builder import build_engine
-from edgewright.runtime.backends.tensorrt_runner import load_engine
+from edgewright.runtime.backends.tensorrt_engine import load_engine
 from edgewright.runtime.errors import BuildError, DeviceError, EngineError
 from edgewright.runtime.specs import BatchProfile, Kernel, TensorSpec
 from tensorrt_graphs import QUANTIZED, float_arrays, graph, normal, planned, quantized_arrays, serialized

@@ -1,4 +1,6 @@
-"""onnxruntime on the CPU. The engine file is the ONNX graph itself; onnxruntime compiles it when it is loaded.
+"""onnxruntime. The engine file is the ONNX graph itself, which onnxruntime compiles when it is loaded.
+
+Engines are built and judged on the CPU; onnxruntime-gpu can run them on a GPU (`onnxruntime_providers.py`).
 
 What was really built is read from a profile of one run: onnxruntime records each kernel with the types of its inputs.
 """
@@ -21,12 +23,13 @@ from numpy.typing import NDArray
 
 from ..errors import BuildError, EngineError
 from ..specs import Kernel, PlannedLayer, TensorSpec
-from .base import Absence, Backend, BuildRequest, Compiled, Runner
+from .base import Absence, Backend, BuildRequest, Compiled
 from .naming import layer_run_by
+from .onnxruntime_providers import PROVIDERS, first_line, open_session
+from .runner import Runner
 
 __all__ = ["OnnxRuntimeBackend"]
 
-PROVIDERS = ["CPUExecutionProvider"]
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")  # both install the import name onnxruntime
 COMPUTE_WORDS = ("Conv", "Gemm", "MatMul")  # also in QLinearConv, FusedConv, QGemm, MatMulIntegerToFloat
 TOKEN = re.compile(r"_token_\d+$")  # a number at random, where onnxruntime makes a name unique
@@ -44,12 +47,13 @@ DTYPE_OF_TYPE = {"tensor(float)": "float32", "tensor(float16)": "float16", "tens
 
 
 class OnnxRuntimeBackend(Backend):
-    """FP32 and explicit-Q/DQ INT8 graphs on the CPU."""
+    """FP32 and explicit-Q/DQ INT8 graphs on the CPU; on a GPU if that is asked for when an engine is opened."""
 
     name = "onnxruntime"
     precisions = ("fp32", "int8")
     dialect = "cpu"
     suffix = ".onnx"
+    providers = PROVIDERS
 
     def absence(self) -> Absence | None:
         """The package is installed, or it is not."""
@@ -78,12 +82,12 @@ class OnnxRuntimeBackend(Backend):
             kernels = _kernels(json.loads(Path(session.end_profiling()).read_text()), request.planned)
         return Compiled(request.onnx, inputs, outputs, kernels, {"onnxruntime": self.version()})
 
-    def open(self, engine: bytes, *, threads: int = 0) -> Runner:
-        """A session on the CPU provider alone."""
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
+        """A session on the provider alone."""
         absence = self.absence()
         if absence is not None:
             raise EngineError(absence.reason, absence.hint)
-        return OnnxRuntimeRunner(_session(engine, threads=threads))
+        return OnnxRuntimeRunner(_session(engine, threads=threads, provider=provider))
 
 
 class OnnxRuntimeRunner(Runner):
@@ -98,12 +102,16 @@ class OnnxRuntimeRunner(Runner):
         results = _run(self._session, feeds)
         return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
 
+    def sibling_impl(self) -> OnnxRuntimeRunner:
+        """The same session, which several threads may run."""
+        return OnnxRuntimeRunner(self._session)
+
     def close_impl(self) -> None:
         """The session's memory goes with its last reference."""
         self._session = None
 
 
-def _session(graph: bytes, *, threads: int, profile: Path | None = None) -> Any:
+def _session(graph: bytes, *, threads: int, provider: str = "", profile: Path | None = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -116,23 +124,15 @@ def _session(graph: bytes, *, threads: int, profile: Path | None = None) -> Any:
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    try:
-        return onnxruntime.InferenceSession(graph, options, providers=PROVIDERS)
-    except Exception as error:  # onnxruntime's exceptions share no base class but Exception
-        raise EngineError(f"onnxruntime cannot load the graph: {_first_line(error)}", "build it again") from error
+    return open_session(graph, options, provider)
 
 
 def _run(session: Any, feeds: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
     try:
         results: list[NDArray[np.float32]] = session.run(None, dict(feeds))
-    except Exception as error:  # as above
-        raise EngineError(f"onnxruntime cannot run the graph: {_first_line(error)}") from error
+    except Exception as error:  # onnxruntime's exceptions share no base class but Exception
+        raise EngineError(f"onnxruntime cannot run the graph: {first_line(error)}") from error
     return results
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else repr(error)
 
 
 @functools.cache
