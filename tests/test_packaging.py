@@ -36,6 +36,7 @@ DATA = (
     "edgewright/calibration/data/fashion_mnist.npz",
     "edgewright/calibration/data/LICENSE.fashion-mnist",
     "edgewright/export/line_up.json",
+    "edgewright/runtime/cuda/resize.cu",
     *(
         f"edgewright/export/zoo/weights/{name}.safetensors"
         for name in ("lenet", "lenet_bn", "lenet_bn_scratch", "mobilenet_effnet_b0")

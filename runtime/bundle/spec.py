@@ -58,6 +58,7 @@ class BundleSpec:
     """What the device needs to know about the network.
 
     * input, output: of all the graphs; input shape `(None, C, H, W)`
+    * resized: `Preprocess.fingerprint` where the bundle was packed
     * profile: batch sizes of GPU engines
     * weights: identity of the reference's weights
     """
@@ -67,6 +68,7 @@ class BundleSpec:
     input: TensorSpec
     output: TensorSpec
     preprocess: Preprocess
+    resized: str
     labels: tuple[str, ...]
     profile: BatchProfile
     graphs: tuple[BundledGraph, ...]
@@ -90,6 +92,7 @@ class BundleSpec:
             input=TensorSpec.from_json(content["input"]),
             output=TensorSpec.from_json(content["output"]),
             preprocess=Preprocess.from_json(content["preprocess"]),
+            resized=content["resized"],
             labels=tuple(content["labels"]),
             profile=BatchProfile(**content["profile"]),
             graphs=tuple(_graph(graph) for graph in content["graphs"]),

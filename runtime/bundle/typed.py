@@ -19,7 +19,8 @@ def check_types(value: Any, kind: Any, name: str) -> None:
     """
     if is_dataclass(kind):
         _expect(type(value) is kind, name, kind, value)
-        hints = _hints(type(value))
+        exact: Any = kind  # whose instances may have no hash; the class itself has one
+        hints = _hints(exact)
         for field in fields(kind):
             check_types(getattr(value, field.name), hints[field.name], f"{name}.{field.name}")
     elif get_origin(kind) in (Union, types.UnionType):

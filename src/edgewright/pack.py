@@ -238,6 +238,7 @@ def _spec(pipeline: Pipeline, name: str, graphs: Sequence[BundledGraph], images:
         input=folded.inputs[0],
         output=folded.outputs[0],
         preprocess=context.preprocess,
+        resized=context.preprocess.fingerprint(),
         labels=folded.labels,
         profile=context.options.profile,
         graphs=tuple(graphs),

@@ -429,3 +429,29 @@ def test_input_shape_is_known_only_where_it_is_fixed() -> None:
     assert replace(IMAGENET, crop=None).input_shape is None
     assert replace(IMAGENET, resize=None, crop=None).input_shape is None
     assert IMAGENET.with_size(64).input_shape == (3, 64, 64)
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+def test_the_fingerprint_is_that_of_the_pixels(interpolation: str) -> None:
+    preprocess = replace(IMAGENET, interpolation=interpolation)
+    assert preprocess.fingerprint() == preprocess.fingerprint()
+    assert preprocess.fingerprint() == replace(preprocess, mean=(0.0,) * 3).fingerprint(), "only pixels count"
+
+
+def test_the_fingerprint_tells_another_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As another version of Pillow, or another way to resize, would give it."""
+    before = IMAGENET.fingerprint()
+    others = [replace(IMAGENET, interpolation=name) for name in ("nearest", "bicubic", "lanczos")]
+    others += [replace(IMAGENET, crop=(31, 32)), replace(IMAGENET, resize=41)]
+    assert len({before, *(other.fingerprint() for other in others)}) == 6
+    resize = Image.Image.resize
+
+    def off_by_one(picture: Image.Image, *arguments: Any, **options: Any) -> Image.Image:
+        resized = resize(picture, *arguments, **options)
+        middle = (resized.width // 2, resized.height // 2)
+        red, green, blue = resized.getpixel(middle)  # type: ignore[misc]
+        resized.putpixel(middle, (red, green, (blue + 1) % 256))
+        return resized
+
+    monkeypatch.setattr(Image.Image, "resize", off_by_one)
+    assert IMAGENET.fingerprint() != before

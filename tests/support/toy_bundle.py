@@ -104,6 +104,7 @@ def spec(model: str = "toy") -> BundleSpec:
         input=INPUT,
         output=OUTPUT,
         preprocess=PREPROCESS,
+        resized=PREPROCESS.fingerprint(),
         labels=LABELS,
         profile=PROFILE,
         graphs=(*graphs, cpu),
