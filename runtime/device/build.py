@@ -112,7 +112,7 @@ class _Builder:
         elif row.status == "verified":
             self._say(f"{name}: passed its self-test: {row.reason}")
         else:
-            self._say(f"{name}: {row.status}: {row.reason}")
+            self._say(f"{name}: {row.status}, {row.reason_code.replace('_', ' ')}")
         return row
 
     def _row(self, row: DeviceRow, backend: Backend) -> DeviceRow:

@@ -32,8 +32,8 @@ def opened_bundle(
     """
     is_file = path.is_file()
     checked_cache(cache, create=is_file)
-    folder = _unpacked(path, cache, require_signature) if is_file else path
-    bundle = open_bundle(folder, require_signature=require_signature)
+    opened = _unpacked(path, cache, require_signature) if is_file else None
+    bundle = opened or open_bundle(path, require_signature=require_signature)
     try:
         check_version(cache, bundle.model, bundle.version, allow_older=allow_older)
     except BaseException:
@@ -42,13 +42,14 @@ def opened_bundle(
     return bundle
 
 
-def _unpacked(archive: Path, cache: Path, require_signature: Path | None) -> Path:
-    """The folder `bundles/HASH.bundle` of the cache with the content of the archive."""
+def _unpacked(archive: Path, cache: Path, require_signature: Path | None) -> Bundle:
+    """The bundle of the archive in the folder `bundles/HASH.bundle` of the cache, where it may be already."""
     place = cache / BUNDLES_FOLDER
     place.mkdir(mode=0o700, exist_ok=True)
     target = place / f"{_manifest_hash(archive)}.bundle"
-    if _is_whole(target, require_signature):
-        return target
+    whole = _whole(target, require_signature)
+    if whole is not None:
+        return whole
     staging = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=place))
     try:
         fresh = unpack(archive, staging / "fresh.bundle", require_signature=require_signature)
@@ -56,7 +57,7 @@ def _unpacked(archive: Path, cache: Path, require_signature: Path | None) -> Pat
             shutil.rmtree(target)
         with contextlib.suppress(FileExistsError):  # another process unpacked the same in the meantime
             fresh.rename(target)
-        return target
+        return open_bundle(target, require_signature=require_signature)
     except OSError as error:
         raise WorkspaceError(f"{archive} cannot be unpacked into {place} ({error.strerror or error})") from error
     finally:
@@ -74,9 +75,13 @@ def _manifest_hash(archive: Path) -> str:
         raise BundleError(f"cannot read {archive} ({error})", "copy the file again") from error
 
 
-def _is_whole(folder: Path, require_signature: Path | None) -> bool:
+def _whole(folder: Path, require_signature: Path | None) -> Bundle | None:
+    """The bundle that was unpacked there, None if there is none, or it is not what the folder is called after."""
     try:
-        with open_bundle(folder, require_signature=require_signature) as bundle:
-            return folder.name == f"{bundle.sha256}.bundle"
+        bundle = open_bundle(folder, require_signature=require_signature)
     except BundleError:
-        return False
+        return None
+    if folder.name == f"{bundle.sha256}.bundle":
+        return bundle
+    bundle.close()
+    return None

@@ -65,7 +65,6 @@ def _row(bundle: Bundle, kept: Kept, engine: KeptEngine) -> DeviceRow:
     file = kept.folder / engine.file
     row = DeviceRow(kept.place.backend, engine.info.precision, "failed", "engine_failed", "", file)
     try:
-        kept.content(engine)
         return self_test_row(row, bundle, file, engine.info)
     except (BundleError, WorkspaceError):
         raise  # of the whole run, not of one engine

@@ -177,7 +177,7 @@ def _lines(report: DeviceReport) -> Iterator[str]:
     yield ROW.format(*HEADINGS)
     reasons: dict[str, list[str]] = {}
     for row in report.rows:
-        yield ROW.format(row.backend, row.precision, row.status, *_figures(row))
+        yield ROW.format(row.backend, row.precision, row.status, *_figures(row)).rstrip()
         if row.status != "verified":
             reasons.setdefault(row.reason, []).append(f"{row.backend} {row.precision}")
     for reason, names in reasons.items():

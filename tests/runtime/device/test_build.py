@@ -328,6 +328,17 @@ def test_a_damaged_manifest_is_made_again(bundle: Path, device_cache: Path, gpu:
     assert (row.status, row.reused) == ("verified", False)
 
 
+def test_a_manifest_of_another_device_is_not_reused(bundle: Path, device_cache: Path, gpu: FakeGpu) -> None:
+    """As in a cache that was copied, with a key that happens to be the same."""
+    build_bundle(bundle, ONE, cache=device_cache)
+    manifest = engine_folder(device_cache) / MANIFEST
+    content = json.loads(manifest.read_bytes())
+    content["identity"]["place"]["driver"] = "12.5"
+    write_json(manifest, content)
+    row = the_row(build_bundle(bundle, ONE, cache=device_cache))
+    assert (row.status, row.reused) == ("verified", False)
+
+
 @pytest.mark.parametrize("file", ["../engine.plan", "/engine.plan", "folder/engine.plan", "", ".", ".."])
 def test_a_manifest_that_leads_elsewhere_is_refused(bundle: Path, device_cache: Path, gpu: FakeGpu, file: str) -> None:
     build_bundle(bundle, ONE, cache=device_cache)
