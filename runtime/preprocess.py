@@ -155,11 +155,12 @@ class Preprocess:
 
 
 def _made_up(height: int, width: int) -> NDArray[np.uint8]:
-    """A picture of smooth and of noisy parts, uint8 `[H, W, 3]`; from integers alone, so that it is the same anywhere."""
+    """A picture of smooth and of noisy parts, uint8 `[H, W, 3]`; from integers alone, so the same on any machine."""
     index = np.arange(height * width * 3, dtype=np.uint64)
     noise = (index * np.uint64(2654435761) >> np.uint64(13)) & np.uint64(255)  # Knuth's multiplicative hash
     smooth = index // np.uint64(3) * np.uint64(255) // np.uint64(height * width)
-    return np.where(index % np.uint64(7) < 3, noise, smooth).astype(np.uint8).reshape(height, width, 3)
+    picture: NDArray[np.uint8] = np.where(index % np.uint64(7) < 3, noise, smooth).astype(np.uint8)
+    return picture.reshape(height, width, 3)
 
 
 def open_image(image: ImageLike) -> Image.Image:

@@ -133,15 +133,29 @@ class Session:
         `images` are paths, PIL images or uint8 arrays `[H, W, C]`. Raises `DataError` naming an unreadable image, or
         if `top` is below 1 or `images` is a single path.
         """
-        if top < 1:
-            raise DataError(f"top is {top}, expected at least 1")
         if isinstance(images, str | Path):
             raise DataError(f"images is the single path {images}, expected several", "put it into a list")
+        _check_top(top)
         results: list[list[Prediction]] = []
         for start in range(0, len(images), CLASSIFY_BATCH):
-            (logits,) = self._answers(images[start : start + CLASSIFY_BATCH]).values()
-            results += [self._ranked(row, top) for row in logits]
+            results += self.predictions(self._answers(images[start : start + CLASSIFY_BATCH]), top)
         return results
+
+    def preprocess(self, images: Sequence[ImageLike]) -> NDArray[np.float32]:
+        """A batch for `infer` and `submit`, float32 `[N, C, H, W]`, made on the processor.
+
+        `images` as for `classify`. Raises `DataError` naming an unreadable image.
+        """
+        begun = perf_counter_ns()
+        batch = self.info.preprocess.batch(images)
+        self._preprocess_ns += perf_counter_ns() - begun
+        return batch
+
+    def predictions(self, outputs: Mapping[str, NDArray[np.float32]], top: int = 5) -> list[list[Prediction]]:
+        """The `top` most probable classes of each image of a batch, from what `infer` or `result` gave."""
+        _check_top(top)
+        (logits,) = outputs.values()
+        return [self._ranked(row, top) for row in logits]
 
     def sibling(self) -> Session:
         """Another session over the same loaded engine, for another thread; each is closed on its own."""
@@ -164,20 +178,23 @@ class Session:
         return batch if isinstance(batch, Mapping) else {self._first_input: batch}
 
     def _answers(self, images: Sequence[ImageLike]) -> dict[str, NDArray[np.float32]]:
-        preprocess, begun = self.info.preprocess, perf_counter_ns()
-        if self._device_preprocessing:
-            pixels = [preprocess.source_pixels(image) for image in images]
-            self._preprocess_ns += perf_counter_ns() - begun
-            return self._runner.infer_images(pixels)
-        batch = preprocess.batch(images)
+        if not self._device_preprocessing:
+            return self.infer(self.preprocess(images))
+        begun = perf_counter_ns()
+        pixels = [self.info.preprocess.source_pixels(image) for image in images]
         self._preprocess_ns += perf_counter_ns() - begun
-        return self.infer(batch)
+        return self._runner.infer_images(pixels)
 
     def _ranked(self, logits: NDArray[np.float32], top: int) -> list[Prediction]:
         shifted = np.exp(logits.astype(np.float64) - logits.max())
         probabilities = shifted / shifted.sum()
         order = np.argsort(-probabilities, kind="stable")[:top]
         return [Prediction(int(i), self.info.labels[i], float(probabilities[i])) for i in order]
+
+
+def _check_top(top: int) -> None:
+    if top < 1:
+        raise DataError(f"top is {top}, expected at least 1")
 
 
 def _check_provider(loader: Backend, provider: str | None) -> None:

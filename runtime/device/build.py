@@ -24,7 +24,7 @@ from .child import answer_of
 from .identity import GPU_DIALECTS, BuildSettings, Place, place_here
 from .kept import Kept, KeptEngine, engine_file, engine_folder, read_kept
 from .opening import opened_bundle
-from .rows import DeviceReport, DeviceRow, kept_row, self_test_row
+from .rows import DeviceReport, DeviceRow, device_report, kept_row, self_test_row
 from .tasks import STAGED_ENGINE, STAGED_TIMING, BuildTask, graph_for
 from .versions import record_version
 
@@ -85,7 +85,7 @@ def build_bundle(
             shutil.rmtree(folder / STAGING_FOLDER, ignore_errors=True)
         if any(row.status == "verified" for row in rows):
             record_version(folder, bundle.model, bundle.version)
-        return DeviceReport(bundle.model, bundle.version, bundle.sha256, bundle.signed_by, folder, rows)
+        return device_report(bundle, folder, rows)
 
 
 class _Builder:

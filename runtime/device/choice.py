@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..bundle import Bundle
@@ -10,6 +11,7 @@ from ..errors import EngineError
 from .cache import cache_folder
 from .opening import opened_bundle
 from .proven import Proven, proven_engines
+from .resizing import resize_warning
 
 __all__ = ["chosen_of_bundle"]
 
@@ -28,8 +30,9 @@ def chosen_of_bundle(
     """As `chosen`, for the bundle `path`."""
     folder = cache_folder(cache)
     with opened_bundle(path, folder, require_signature=require_signature, allow_older=allow_older) as bundle:
-        proven = _proven(bundle, folder, backend, precision)
-        return proven or _carried(bundle, path, backend, precision)
+        choice = _proven(bundle, folder, backend, precision) or _carried(bundle, path, backend, precision)
+        warning = resize_warning(bundle)
+        return replace(choice, why=f"{choice.why}; {warning}") if warning else choice
 
 
 def _proven(bundle: Bundle, cache: Path, backend: str | None, precision: str | None) -> Choice | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from ..bundle import Bundle
 from ..specs import EngineInfo
 from .child import answer_of
 from .kept import Kept, KeptEngine, SelfTest
+from .resizing import resize_warning
 from .tasks import SelfTestTask
 
-__all__ = ["DeviceReport", "DeviceRow", "kept_row", "self_test_row"]
+__all__ = ["DeviceReport", "DeviceRow", "device_report", "kept_row", "self_test_row"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,11 @@ class DeviceRow:
 
 @dataclass(frozen=True)
 class DeviceReport:
-    """What became of a bundle's engines. bundle: its hash; signed_by: the key that was required, None if none was."""
+    """What became of a bundle's engines.
+
+    * bundle: its hash; signed_by: the key that was required, None if none was
+    * warnings: what differs here, whatever the engines give
+    """
 
     model: str
     version: int
@@ -44,6 +50,21 @@ class DeviceReport:
     signed_by: str | None
     cache: Path
     rows: tuple[DeviceRow, ...]
+    warnings: tuple[str, ...]
+
+
+def device_report(bundle: Bundle, cache: Path, rows: Iterable[DeviceRow]) -> DeviceReport:
+    """The rows of a bundle, and what is to be said of it."""
+    warning = resize_warning(bundle)
+    return DeviceReport(
+        model=bundle.model,
+        version=bundle.version,
+        bundle=bundle.sha256,
+        signed_by=bundle.signed_by,
+        cache=cache,
+        rows=tuple(rows),
+        warnings=(warning,) if warning else (),
+    )
 
 
 def kept_row(row: DeviceRow, kept: Kept, engine: KeptEngine) -> DeviceRow:

@@ -13,7 +13,7 @@ from .cache import cache_folder, locked_cache
 from .kept import Kept, KeptEngine
 from .opening import opened_bundle
 from .proven import kept_here
-from .rows import DeviceReport, DeviceRow, self_test_row
+from .rows import DeviceReport, DeviceRow, device_report, self_test_row
 
 __all__ = ["verify_bundle"]
 
@@ -46,7 +46,7 @@ def verify_bundle(
                 for row in _tested(bundle, kept, precisions):
                     say(f"{row.backend} {row.precision}: {row.status}: {row.reason}")
                     rows.append(row)
-        return DeviceReport(bundle.model, bundle.version, bundle.sha256, bundle.signed_by, folder, tuple(rows))
+        return device_report(bundle, folder, rows)
 
 
 def _tested(bundle: Bundle, kept: Kept, precisions: tuple[str, ...]) -> Iterator[DeviceRow]:

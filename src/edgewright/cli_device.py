@@ -151,6 +151,7 @@ def _document(report: DeviceReport, schema: str) -> dict[str, Any]:
         "signed_by": report.signed_by,
         "cache": str(report.cache),
         "engines": [_engine(row) for row in report.rows],
+        "warnings": list(report.warnings),
     }
 
 
@@ -183,6 +184,9 @@ def _lines(report: DeviceReport) -> Iterator[str]:
     for reason, names in reasons.items():
         yield ""
         yield from textwrap.wrap(f"{', '.join(names)}: {reason}", WIDTH)
+    for warning in report.warnings:
+        yield ""
+        yield from _wrapped("warning", warning)
 
 
 def _figures(row: DeviceRow) -> tuple[str, ...]:

@@ -411,6 +411,18 @@ def test_batches_are_submitted_and_their_results_taken(build: Path) -> None:
             session.result()
 
 
+def test_the_steps_of_classify_can_be_taken_one_by_one(build: Path) -> None:
+    pictures = [photograph(seed) for seed in range(3)]
+    with Session.open(build) as session:
+        wanted = session.classify(pictures, top=2)
+        batch = session.preprocess(pictures)
+        np.testing.assert_array_equal(batch, PREPROCESS.batch(pictures))
+        session.submit(batch)
+        assert session.predictions(session.result(), top=2) == wanted
+        with pytest.raises(DataError, match="top is 0"):
+            session.predictions(session.infer(batch), top=0)
+
+
 def test_counters_know_preprocessing_and_computing(build: Path) -> None:
     with Session.open(build) as session:
         assert session.counters == Counters()

@@ -236,6 +236,25 @@ def test_memory_that_is_freed_in_use_is_found(host_cuda: HostCuda, monkeypatch: 
     host_cuda.reset()
 
 
+def test_a_copy_that_nobody_waits_for_is_found(host_cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaPython, "wait", lambda self, stream, event: None)
+    with pytest.raises(DeviceError, match="cuEventElapsedTime failed: device not ready"):
+        one_after_the_other(stand_in(), "cuda-python", None)
+    monkeypatch.setattr(Slot, "times", lambda self: {})
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        one_after_the_other(stand_in(), "cuda-python", None)
+    host_cuda.reset()
+
+
+def test_a_graph_of_another_shape_is_found(host_cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Slot, "_drop_graph", lambda self: None)
+    trt = stand_in()
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        changing_shapes(trt, "cuda-python", None)
+    assert any(text.startswith("ran for {'x': (4, 16, 8, 8)}, but the context is set to") for text in trt.problems)
+    host_cuda.reset()
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_device_that_is_lost_at_any_call_is_said_so(host_cuda: HostCuda, driver: str) -> None:
     trt, said = stand_in(), 0

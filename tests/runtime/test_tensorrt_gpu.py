@@ -403,7 +403,11 @@ def test_a_real_engine_agrees_with_onnxruntime(precision: str, tolerance: float)
     wanted = session.run(None, {"x": images})[0]
     built = TENSORRT.build(BuildRequest(graph(precision), precision, planned(precision)))
     with TENSORRT.open(built.compiled.engine) as runner:
-        for batch in (1, 9, 2):
+        for batch in (1, 9, 2, 2, 2):  # the last is a CUDA graph
             np.testing.assert_allclose(runner.infer({"x": images[:batch]})["y"], wanted[:batch], atol=tolerance)
+        runner.submit({"x": images[:4]})
+        runner.submit({"x": images[4:]})
+        for part in (wanted[:4], wanted[4:]):
+            np.testing.assert_allclose(runner.result()["y"], part, atol=tolerance)
     with pytest.raises(EngineError, match="cannot load the engine"):
         TENSORRT.open(built.compiled.engine[:1000])

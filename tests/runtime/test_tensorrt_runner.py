@@ -69,6 +69,14 @@ def test_an_engine_says_what_it_takes(runner: TensorRtRunner) -> None:
     assert runner.outputs == (TensorSpec("y", (None, 8), "float32"),)
 
 
+@pytest.mark.parametrize("release", ["10.13", "10.16", "11.4"])
+def test_every_release_runs_the_same(host_cuda: HostCuda, release: str) -> None:
+    trt = stand_in(release)
+    with opened(trt) as runner:
+        check(runner, 4, 4, 4, 9, 1)
+    assert trt.problems == []
+
+
 @pytest.mark.parametrize("batches", [(4,), (8, 3, 8), (2, 2, 2, 2), (1,), (9, 19, 16), (3, 3, 1, 2, 20, 8, 8, 8)])
 def test_any_batch_gives_what_onnxruntime_gives(runner: TensorRtRunner, batches: tuple[int, ...]) -> None:
     check(runner, *batches)  # the profile takes 2 to 8: others are split and filled up
