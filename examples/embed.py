@@ -4,7 +4,7 @@ import sys
 
 from edgewright.runtime import Session
 
-model, *photographs = sys.argv[1:]
-with Session.open(model) as session:  # a build folder, a bundle or an engine file
-    for photograph, (best, *_) in zip(photographs, session.classify(photographs)):
-        print(f"{photograph}: {best.label} ({100 * best.probability:.1f} %)")
+with Session.open(sys.argv[1]) as session:  # a build folder, a bundle or an engine file
+    for predictions in session.classify(sys.argv[2:]):
+        best = predictions[0]
+        print(f"{best.label} ({100 * best.probability:.1f} %)")

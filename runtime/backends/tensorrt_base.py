@@ -40,13 +40,12 @@ class NvidiaBackend(Backend):
         absence = self.cannot_run()
         if absence is not None:
             raise EngineError(absence.reason, absence.hint)
-        from ..cuda import open_driver
+        from ..cuda import device_here, open_driver
         from .tensorrt_engine import LoadedEngine
         from .tensorrt_runner import TensorRtRunner
 
-        driver = open_driver()
-        kernels = self.kernels_file(engine, driver.device)
-        return TensorRtRunner(LoadedEngine(self.package(), engine, driver, kernels))
+        kernels = self.kernels_file(engine, device_here())
+        return TensorRtRunner(LoadedEngine(self.package(), engine, open_driver(), kernels))
 
     def kernels_file(self, engine: bytes, device: Device) -> Path | None:
         """Where kernels that are compiled on the device are kept; None where all are in the engine."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import WorkspaceError
+from ..errors import EngineError, WorkspaceError
 from ..files import sha256_of, write_bytes
 
 if TYPE_CHECKING:
@@ -18,8 +18,14 @@ __all__ = ["RtxSettings", "kernels_file"]
 
 
 def kernels_file(engine: bytes, version: str, device: Device) -> Path:
-    """Where the compiled kernels of an engine are kept, per version of TensorRT-RTX and GPU, in the user's cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where the compiled kernels of an engine are kept, per version of TensorRT-RTX and GPU, in the user's cache.
+
+    XDG_CACHE_HOME, or ~/.cache: XDG Base Directory Specification 0.8. Raises `EngineError` if there is neither.
+    """
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise EngineError("the user has no home folder to keep compiled kernels in", "set XDG_CACHE_HOME") from None
     gpu = "".join(letter if letter.isalnum() else "-" for letter in f"{device.name} {device.architecture}")
     return Path(root) / "edgewright" / "rtx-runtime" / f"{sha256_of(engine)}-{version}-{gpu}.bin"
 

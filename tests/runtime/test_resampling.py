@@ -1,4 +1,4 @@
-"""The tables of Pillow's resize, against Pillow itself: bit for bit, through an emulation of the kernel's arithmetic."""
+"""The tables of Pillow's resize, against Pillow itself: bit for bit, through an emulation of the kernel."""
 
 from __future__ import annotations
 

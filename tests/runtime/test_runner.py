@@ -199,6 +199,7 @@ def test_siblings_run_side_by_side_and_are_closed_on_their_own(name: str) -> Non
     images = normal("images", 4, 16, 8, 8)
     wanted = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, {"x": images})[0]
     first = backend.open(engine, threads=1)
+    np.testing.assert_array_equal(first.infer({"x": Lender(images)})["y"], first.infer({"x": images})["y"])
     others = [first.sibling() for _ in range(3)]
     first.close()
     found: dict[int, Any] = {}

@@ -12,6 +12,7 @@ from edgewright.runtime.backends import BACKENDS
 from edgewright.runtime.backends import tensorrt_rtx as module
 from edgewright.runtime.backends.tensorrt_rtx_settings import kernels_file
 from edgewright.runtime.cuda.driver import Device
+from edgewright.runtime.errors import EngineError
 from edgewright.runtime.files import sha256_of
 from host_cuda import HostCuda
 from stand_in_runs import GRAPH, images, opened, reference, stand_in
@@ -20,7 +21,7 @@ from stand_in_tensorrt import RtxConfig, StandInTensorRt
 pytestmark = pytest.mark.host_cuda
 
 COMPILED = b"kernels, compiled here"
-ORIN = Device("NVIDIA GeForce RTX 3060/Ti", "sm86", "13.0", False, 1 << 30)
+RTX_3060 = Device("NVIDIA GeForce RTX 3060/Ti", "sm86", "13.0", False, 1 << 30)
 
 
 @pytest.fixture
@@ -93,15 +94,27 @@ def test_siblings_share_one_cache(trt: StandInTensorRt, tmp_path: Path) -> None:
 
 def test_the_file_stands_for_engine_version_and_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = kernels_file(b"engine", "1.7.1", ORIN)
+    path = kernels_file(b"engine", "1.7.1", RTX_3060)
     name = f"{sha256_of(b'engine')}-1.7.1-NVIDIA-GeForce-RTX-3060-Ti-sm86.bin"
     assert path == tmp_path / "edgewright" / "rtx-runtime" / name
-    others = [kernels_file(b"other", "1.7.1", ORIN), kernels_file(b"engine", "1.8.0", ORIN)]
+    others = [kernels_file(b"other", "1.7.1", RTX_3060), kernels_file(b"engine", "1.8.0", RTX_3060)]
     others.append(kernels_file(b"engine", "1.7.1", Device("Other", "sm86", "13.0", False, 1)))
     assert len({path, *others}) == 4
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert kernels_file(b"engine", "1.7.1", ORIN).parent == tmp_path / "home" / ".cache" / "edgewright" / "rtx-runtime"
+    assert (
+        kernels_file(b"engine", "1.7.1", RTX_3060).parent == tmp_path / "home" / ".cache" / "edgewright" / "rtx-runtime"
+    )
+
+
+def test_without_a_home_folder_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(EngineError, match="no home folder to keep compiled kernels in; set XDG_CACHE_HOME"):
+        kernels_file(b"engine", "1.7.1", RTX_3060)
 
 
 def test_the_backend_keeps_it_in_the_users_cache(
