@@ -28,7 +28,10 @@ def frames(source: str) -> Iterator[tuple[str, Any]]:
     """Names and images: paths of a folder, or RGB arrays uint8 [H, W, 3] of a video file or a camera's number."""
     path = Path(source)
     if path.is_dir():
-        yield from ((file.name, file) for file in sorted(path.iterdir()) if file.suffix.lower() in SUFFIXES)
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not files:
+            raise EdgewrightError(f"there are no images in {source}", f"it reads {', '.join(SUFFIXES)}")
+        yield from ((file.name, file) for file in files)
         return
     if not source.isdecimal() and not path.exists():
         raise EdgewrightError(f"there is no {source}", "give a camera's number, a video file or a folder of images")
