@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import BundleError
-from ..files import write_bytes
+from ..files import sha256_of, write_bytes
 from .folder import regular_file, size_of
 from .keys import public_keys
 from .manifest import ENVELOPE_FILE, MAGIC, MANIFEST_FILE, MOST_MANIFEST_BYTES, FileEntry, Manifest
@@ -31,7 +31,7 @@ from .opening import open_bundle
 from .signature import MOST_ENVELOPE_BYTES, signer
 from .writing import fresh_folder, write_file
 
-__all__ = ["ARCHIVE_SUFFIX", "unpack", "write_archive"]
+__all__ = ["ARCHIVE_SUFFIX", "manifest_sha256", "unpack", "write_archive"]
 
 ARCHIVE_SUFFIX = ".edgewright"
 SIZES = struct.Struct("<II")
@@ -73,6 +73,16 @@ def unpack(archive: Path, folder: Path, *, require_signature: Path | None = None
                 write_file(temporary / entry.path, _checked(stream, entry))
             open_bundle(temporary, require_signature=require_signature).close()
     return folder
+
+
+def manifest_sha256(archive: Path) -> str:
+    """Hash of the manifest that the archive begins with: which bundle it says it is; nothing of it is verified.
+
+    Raises `BundleError` if it is no archive.
+    """
+    with _opened(archive) as stream:
+        content, _ = _documents(stream, archive)
+    return sha256_of(content)
 
 
 def _opened(archive: Path) -> BinaryIO:

@@ -28,19 +28,21 @@ __all__ = [
 ]
 
 SCHEMA = "edgewright.bundle/1"
-BUNDLE_SUFFIX = ".bundle"
+BUNDLE_SUFFIX, DOCUMENT_SUFFIX = ".bundle", ".json"
 MANIFEST_FILE, ENVELOPE_FILE = "manifest.json", "manifest.dsse.json"
 MAGIC = b"\x89EWB\r\n\x1a\n"  # of the one-file form; as PNG's it shows a transfer that took it for text
 MOST_MANIFEST_BYTES = 1 << 20  # 64 entries take 20 KiB
 MOST_FILES = 64
 MOST_FILE_BYTES = 2 << 30  # protobuf, and so an ONNX file without external data, ends there
 MOST_BYTES = 4 << 30
+MOST_DOCUMENT_BYTES = 8 << 20  # of a JSON file: parsed, it takes many times its size; EfficientNet-Lite0's take 80 KB
 MOST_VERSION = (1 << 31) - 1
 MOST_MODEL_LETTERS = 200
 MOST_PATH_LETTERS = 200
 MOST_PARTS = 4
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+TOOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+!-]{0,99}")  # a name or a version (PEP 440); both stand in messages
 PATH = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(/[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*)*")
 FLAWS = (
     (re.compile(r"[^\x00-\x7f]"), "has letters beyond ASCII"),
@@ -141,7 +143,9 @@ def _version(fields: Mapping[str, Any]) -> int:
 
 def _tools(fields: Mapping[str, Any]) -> dict[str, str]:
     tools = fields.get("tools")
-    if not isinstance(tools, dict) or not all(isinstance(version, str) for version in tools.values()):
+    if not isinstance(tools, dict) or not all(
+        isinstance(word, str) and TOOL.fullmatch(word) for tool in tools.items() for word in tool
+    ):
         raise BundleError(f"the bundle's tools are {_short(tools)}, expected versions by name")
     return tools
 
@@ -167,8 +171,9 @@ def _file(entry: Any) -> FileEntry:
     if not isinstance(path, str):
         raise BundleError(f"the manifest lists a file with the path {_short(path)}, expected text")
     _check_path(path)
-    if type(size) is not int or not 0 <= size <= MOST_FILE_BYTES:
-        raise BundleError(f"the size of {path} is {_short(size)}, expected 0 to {MOST_FILE_BYTES} bytes")
+    most = MOST_DOCUMENT_BYTES if path.endswith(DOCUMENT_SUFFIX) else MOST_FILE_BYTES
+    if type(size) is not int or not 0 <= size <= most:
+        raise BundleError(f"the size of {path} is {_short(size)}, expected 0 to {most} bytes")
     if not isinstance(digest, str) or not SHA256.fullmatch(digest):
         raise BundleError(f"the SHA-256 of {path} is {_short(digest)}, expected 64 hexadecimal digits")
     return FileEntry(path, size, digest)

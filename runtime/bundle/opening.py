@@ -22,7 +22,7 @@ from .keys import PublicKey, public_keys
 from .manifest import ENVELOPE_FILE, MAGIC, MANIFEST_FILE, MOST_MANIFEST_BYTES, FileEntry, Manifest
 from .signature import MOST_ENVELOPE_BYTES, signer
 from .spec import BundledGraph, BundleSpec
-from .spec_check import check_spec
+from .spec_check import check_engine, check_spec
 from .strict_json import parsed
 from .typed import check_types
 
@@ -113,6 +113,7 @@ class Bundle:
             raise _explained(name, error) from error
         if info.engine_sha256 != self._manifest.entry(graph.path).sha256:
             raise BundleError(f"{name} describes another engine than {graph.path}", "pack the bundle again")
+        check_engine(info, graph, self.spec)
         return info
 
     def close(self) -> None:
@@ -135,7 +136,7 @@ def open_bundle(path: Path, *, require_signature: Path | None = None) -> Bundle:
     the file holds none.
     """
     trusted = None if require_signature is None else public_keys(require_signature)
-    if path.is_file() and is_bundle(path):
+    if is_bundle(path) and not path.is_dir():
         raise BundleError(f"{path} is a bundle in one file", f"unpack it first: edgewright unpack {path}")
     folder = Folder(path)
     try:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 
 from ..errors import BundleError
+from ..specs import EngineInfo
 from .manifest import Manifest
 from .spec import BundledGraph, BundleSpec
 
-__all__ = ["check_spec"]
+__all__ = ["CPU_BACKEND", "check_engine", "check_spec"]
 
+CPU_BACKEND = "onnxruntime"
+
+PACK_AGAIN = "pack the bundle again"
 PRECISIONS = {"tensorrt": ("fp32", "fp16", "int8"), "cpu": ("fp32", "int8")}
 
 
@@ -25,6 +29,25 @@ def check_spec(spec: BundleSpec, manifest: Manifest) -> None:
     _expect(len(set(names)) == len(names), "two graphs of one dialect and precision")
     for graph in spec.graphs:
         _check_graph(graph, manifest)
+
+
+def check_engine(info: EngineInfo, graph: BundledGraph, spec: BundleSpec) -> None:
+    """Raises `BundleError` naming what `info` says otherwise than the bundle does of its CPU engine `graph`.
+
+    The backend above all: it decides what loads the file, and an engine of TensorRT, native code, is never carried.
+    """
+    expected = {
+        "backend": CPU_BACKEND,
+        "precision": graph.precision,
+        "target": None,
+        "inputs": (spec.input,),
+        "outputs": (spec.output,),
+        "preprocess": spec.preprocess,
+        "labels": spec.labels,
+    }
+    for name, value in expected.items():
+        if getattr(info, name) != value:
+            raise BundleError(f"what describes {graph.path} says another {name} than the bundle", PACK_AGAIN)
 
 
 def _image_shape(spec: BundleSpec) -> tuple[int, int, int]:
@@ -70,4 +93,4 @@ def _check_graph(graph: BundledGraph, manifest: Manifest) -> None:
 
 def _expect(fits: bool, words: str) -> None:
     if not fits:
-        raise BundleError(f"spec.json says {words}", "pack the bundle again")
+        raise BundleError(f"spec.json says {words}", PACK_AGAIN)

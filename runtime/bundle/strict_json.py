@@ -42,7 +42,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the key {key!r} stands there twice")
+            raise ValueError(f"the key {key!r:.60} stands there twice")
         content[key] = value
     return content
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from ..errors import WorkspaceError
 
-__all__ = ["cache_folder", "checked_cache", "locked_cache"]
+__all__ = ["CHOOSE_CACHE", "cache_folder", "checked_cache", "locked_cache", "unpacking_alone"]
 
 VARIABLE = "EDGEWRIGHT_CACHE"
-LOCK_FILE = ".lock"
-CHOOSE = f"choose another with --cache or ${VARIABLE}"
+LOCK_FILE, UNPACKING_FILE = ".lock", ".unpacking"
+CHOOSE_CACHE = f"choose another with --cache or ${VARIABLE}"
 
 
 def cache_folder(chosen: Path | None = None, environment: Mapping[str, str] = os.environ) -> Path:
@@ -37,7 +37,7 @@ def cache_folder(chosen: Path | None = None, environment: Mapping[str, str] = os
     try:
         return Path("~/.cache/edgewright").expanduser()
     except RuntimeError as error:
-        raise WorkspaceError(f"there is no place for the cache ({error})", CHOOSE) from error
+        raise WorkspaceError(f"there is no place for the cache ({error})", CHOOSE_CACHE) from error
 
 
 def checked_cache(folder: Path, *, create: bool = False) -> bool:
@@ -52,10 +52,10 @@ def checked_cache(folder: Path, *, create: bool = False) -> bool:
         status = folder.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
         if create:
-            raise WorkspaceError(f"the cache {folder} cannot be made ({error.strerror})", CHOOSE) from error
+            raise WorkspaceError(f"the cache {folder} cannot be made ({error.strerror})", CHOOSE_CACHE) from error
         return False
     except OSError as error:
-        raise WorkspaceError(f"the cache {folder} cannot be used ({error.strerror})", CHOOSE) from error
+        raise WorkspaceError(f"the cache {folder} cannot be used ({error.strerror})", CHOOSE_CACHE) from error
     _check_owner(folder, status)
     return True
 
@@ -70,9 +70,7 @@ def locked_cache(folder: Path) -> Iterator[None]:
 
     checked_cache(folder, create=True)
     try:
-        with contextlib.ExitStack() as stack:
-            handle = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            stack.callback(os.close, handle)
+        with _opened(folder / LOCK_FILE) as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -80,20 +78,40 @@ def locked_cache(folder: Path) -> Iterator[None]:
             yield
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        raise WorkspaceError(f"the cache {folder} cannot be used ({error.strerror or error}{place})", CHOOSE) from error
+        raise WorkspaceError(f"the cache {folder} cannot be used ({error.strerror or error}{place})", CHOOSE_CACHE) from error
+
+
+@contextlib.contextmanager
+def unpacking_alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process unpacks into the cache, and keeps them waiting. Raises OSError."""
+    import fcntl
+
+    with _opened(folder / UNPACKING_FILE) as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _opened(lock: Path) -> Iterator[int]:
+    """The descriptor of a file that is only there to be locked; closing it lets go of the lock."""
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _check_owner(folder: Path, status: os.stat_result) -> None:
     if not stat.S_ISDIR(status.st_mode):
-        raise WorkspaceError(f"the cache {folder} is not a folder", CHOOSE)
+        raise WorkspaceError(f"the cache {folder} is not a folder", CHOOSE_CACHE)
     if status.st_uid != os.geteuid():
         raise WorkspaceError(
             f"the cache {folder} belongs to user {status.st_uid}, this is user {os.geteuid()}: engines are native code",
-            CHOOSE,
+            CHOOSE_CACHE,
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise WorkspaceError(
             f"the cache {folder} can be written by others (mode {stat.S_IMODE(status.st_mode):o}): engines are native "
             "code",
-            f"chmod go-w {folder}, after a look at what is in it, or {CHOOSE}",
+            f"chmod go-w {folder}, after a look at what is in it, or {CHOOSE_CACHE}",
         )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..bundle import Bundle
+from ..bundle.spec_check import CPU_BACKEND
 from ..choice import Choice
 from ..errors import EngineError
 from .cache import cache_folder
@@ -14,8 +15,6 @@ from .proven import Proven, proven_engines
 from .resizing import resize_warning
 
 __all__ = ["chosen_of_bundle"]
-
-CPU_BACKEND = "onnxruntime"
 
 
 def chosen_of_bundle(

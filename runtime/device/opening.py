@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 import shutil
-import struct
-import tempfile
 from pathlib import Path
 
 from ..bundle import Bundle, open_bundle, unpack
-from ..bundle.archive import SIZES
-from ..bundle.manifest import MAGIC, MOST_MANIFEST_BYTES
+from ..bundle.archive import manifest_sha256
 from ..errors import BundleError, WorkspaceError
-from ..files import TEMPORARY_PREFIX, sha256_of
-from .cache import checked_cache
+from ..files import TEMPORARY_PREFIX
+from .cache import CHOOSE_CACHE, checked_cache, unpacking_alone
 from .versions import check_version
 
 __all__ = ["opened_bundle"]
@@ -30,7 +27,7 @@ def opened_bundle(
     sign it, `RollbackError` if a higher version was built here and `allow_older` does not permit it; `WorkspaceError`
     if the cache cannot be trusted or written.
     """
-    is_file = path.is_file()
+    is_file = os.path.isfile(path)  # as Path.is_file, but what cannot be looked at is no file and no exception
     checked_cache(cache, create=is_file)
     opened = _unpacked(path, cache, require_signature) if is_file else None
     bundle = opened or open_bundle(path, require_signature=require_signature)
@@ -45,34 +42,29 @@ def opened_bundle(
 def _unpacked(archive: Path, cache: Path, require_signature: Path | None) -> Bundle:
     """The bundle of the archive in the folder `bundles/HASH.bundle` of the cache, where it may be already."""
     place = cache / BUNDLES_FOLDER
-    place.mkdir(mode=0o700, exist_ok=True)
-    target = place / f"{_manifest_hash(archive)}.bundle"
-    whole = _whole(target, require_signature)
-    if whole is not None:
-        return whole
-    staging = Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=place))
+    target = place / f"{manifest_sha256(archive)}.bundle"
     try:
-        fresh = unpack(archive, staging / "fresh.bundle", require_signature=require_signature)
-        if target.exists():  # damaged, or without the signature that is required now
-            shutil.rmtree(target)
-        with contextlib.suppress(FileExistsError):  # another process unpacked the same in the meantime
-            fresh.rename(target)
-        return open_bundle(target, require_signature=require_signature)
+        whole = _whole(target, require_signature)
+        if whole is not None:
+            return whole
+        place.mkdir(mode=0o700, exist_ok=True)
+        with unpacking_alone(cache):  # another process may have just done it
+            return _whole(target, require_signature) or _replaced(archive, target, require_signature)
     except OSError as error:
-        raise WorkspaceError(f"{archive} cannot be unpacked into {place} ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        raise WorkspaceError(
+            f"{archive} cannot be unpacked into {place} ({error.strerror or error})", CHOOSE_CACHE
+        ) from error
 
 
-def _manifest_hash(archive: Path) -> str:
-    """Hash of the manifest that the archive claims: it says which unpacked bundle to look for, and proves nothing."""
-    try:
-        with archive.open("rb") as stream:
-            header = stream.read(len(MAGIC) + SIZES.size)
-            size, _ = SIZES.unpack(header[len(MAGIC) :])
-            return sha256_of(stream.read(min(size, MOST_MANIFEST_BYTES)))
-    except (OSError, struct.error) as error:
-        raise BundleError(f"cannot read {archive} ({error})", "copy the file again") from error
+def _replaced(archive: Path, target: Path, require_signature: Path | None) -> Bundle:
+    """Unpacks; what is there, damaged or without the signature that is required now, goes when that has succeeded."""
+    for unfinished in target.parent.glob(f"{TEMPORARY_PREFIX}*"):  # of processes that were killed
+        shutil.rmtree(unfinished)
+    fresh = unpack(archive, target.with_name(f"{TEMPORARY_PREFIX}{target.name}"), require_signature=require_signature)
+    if target.exists():
+        shutil.rmtree(target)
+    fresh.rename(target)
+    return open_bundle(target, require_signature=require_signature)
 
 
 def _whole(folder: Path, require_signature: Path | None) -> Bundle | None:
