@@ -202,7 +202,9 @@ def _base_install() -> Figure:
         venv.create(environment, with_pip=True)
         python = environment / "bin" / "python"
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, str(ROOT)], check=True, capture_output=True, cwd=folder)
+        copy = folder / "edgewright"  # pip would build in the checkout
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), str(copy)], check=True)
+        subprocess.run([*install, str(copy)], check=True, capture_output=True, cwd=folder)
         (packages,) = environment.glob("lib/python*/site-packages")
         others = ("numpy", "pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence")
         sizes = {path.name: _bytes(path) for path in packages.iterdir() if not path.name.startswith(others)}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .backends import backend_named
+from .backends import BACKENDS, backend_named
 from .backends.base import Backend
 from .bundle import is_bundle
 from .engine_files import ENGINES_FOLDER, description_of, read_info, verified_bytes
@@ -35,14 +35,15 @@ def chosen(
     backend: str | None = None,
     precision: str | None = None,
     *,
-    require_signature: Path | None = None,
+    provider: str | None = None,
+    require_signature: str | Path | None = None,
     allow_older: bool = False,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
 ) -> Choice:
     """The engine that `path` names, or that of a build folder or a bundle that was asked for or is best there.
 
-    Of a bundle's engines the best that was proven on this device, else the CPU engine that the bundle carries; what
-    the other arguments ask of a bundle is as in `opened_bundle`.
+    Of a bundle's engines the best that was proven on this device, else the CPU engine that the bundle carries; a
+    `provider` asks for the backend that has it. What the other arguments ask of a bundle is as in `opened_bundle`.
     What is verified is what is loaded: the file is read once, and its hash compared with the one that is known of it.
     Raises `EngineError` if there is no such engine, it was changed, or another version of its library built it;
     `BundleError` and its kinds if a bundle is not taken.
@@ -50,8 +51,14 @@ def chosen(
     if stands_for_bundle(path):
         from .device.choice import chosen_of_bundle
 
+        backend = backend or next((name for name, each in BACKENDS.items() if provider in each.providers), None)
         choice = chosen_of_bundle(
-            path, backend, precision, require_signature=require_signature, allow_older=allow_older, cache=cache
+            path,
+            backend,
+            precision,
+            require_signature=None if require_signature is None else Path(require_signature),
+            allow_older=allow_older,
+            cache=None if cache is None else Path(cache),
         )
     elif require_signature is not None or allow_older or cache is not None:
         raise EngineError(
@@ -104,7 +111,7 @@ def _pick(folder: Path, backend: str | None, precision: str | None) -> tuple[Pat
         try:
             path = (folder / recommended["path"]).with_suffix(".json")
             return path, f"{recommended['backend']} {recommended['precision']} is the fastest engine that passed"
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise EngineError(f"{folder / REPORT_FILE} is damaged ({error!r})", REBUILD) from error
     fitting: list[tuple[Path, EngineInfo]] = []
     for path in sorted((folder / ENGINES_FOLDER).glob("*.json")):

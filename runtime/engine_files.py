@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from .errors import EngineError, WorkspaceError
+from .bundle.typed import check_types
+from .errors import EdgewrightError, EngineError, WorkspaceError
 from .files import read_json, sha256_of
 from .specs import EngineInfo
 
-__all__ = ["ENGINES_FOLDER", "description_of", "read_info", "verified_bytes"]
+__all__ = ["ENGINES_FOLDER", "description_of", "info_of", "read_info", "verified_bytes"]
 
 ENGINES_FOLDER = "engines"
 
@@ -28,11 +30,23 @@ def description_of(path: Path) -> Path:
 def read_info(path: Path) -> EngineInfo:
     """What the JSON file beside an engine says. Raises `EngineError` if it is missing or says something else."""
     try:
-        return EngineInfo.from_json(read_json(path))
+        return info_of(read_json(path))
     except WorkspaceError as error:
         raise EngineError(f"no description of the engine: {error.message}", "build it again") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, EdgewrightError) as error:
         raise EngineError(f"{path} does not describe an engine ({error!r})", "build it again") from error
+
+
+def info_of(content: Any) -> EngineInfo:
+    """What a JSON document says of an engine, with the types that it should have.
+
+    Raises KeyError, TypeError, ValueError, AttributeError or an `EdgewrightError` if it is none.
+    """
+    info = EngineInfo.from_json(content)
+    check_types(info, EngineInfo, "engine")
+    if not info.inputs or not info.outputs or not info.outputs[0].shape:
+        raise ValueError("it has no inputs or no outputs")
+    return info
 
 
 def verified_bytes(path: Path, info: EngineInfo) -> bytes:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any
 
 from .errors import WorkspaceError
 
-__all__ = ["TEMPORARY_PREFIX", "read_json", "sha256_of", "sha256_of_file", "write_bytes", "write_json"]
+__all__ = ["TEMPORARY_PREFIX", "read_json", "sha256_of", "sha256_of_file", "umask", "write_bytes", "write_json"]
 
 TEMPORARY_PREFIX = ".partial-"
 CHUNK_BYTES = 1 << 20
+STATUS, UMASK = Path("/proc/self/status"), re.compile(r"^Umask:\s*([0-7]+)$", re.MULTILINE)  # proc(5), from Linux 4.7
 
 
 def sha256_of(content: bytes | Iterable[bytes]) -> str:
@@ -33,9 +35,10 @@ def sha256_of_file(path: Path) -> str:
         return sha256_of(iter(lambda: stream.read(CHUNK_BYTES), b""))
 
 
-def write_bytes(path: Path, content: bytes | Iterable[bytes]) -> None:
+def write_bytes(path: Path, content: bytes | Iterable[bytes], *, mode: int = 0o666) -> None:
     """Writes `content` so that `path` holds either what it held before or all of it, even after a crash.
 
+    `mode` is what the umask leaves at most of the permissions.
     Raises `WorkspaceError` if the disk is full or the folder cannot be written.
     """
     temporary: str | None = None
@@ -46,7 +49,7 @@ def write_bytes(path: Path, content: bytes | Iterable[bytes]) -> None:
             stream.writelines((content,) if isinstance(content, bytes) else content)
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, mode & ~umask())
         os.replace(temporary, path)
         temporary = None
         _sync_folder(path.parent)
@@ -57,9 +60,9 @@ def write_bytes(path: Path, content: bytes | Iterable[bytes]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, *, mode: int = 0o666) -> None:
     """`write_bytes` of `content` as JSON; floats keep all their digits, NaN is refused."""
-    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode(), mode=mode)
 
 
 def read_json(path: Path) -> Any:
@@ -70,7 +73,7 @@ def read_json(path: Path) -> Any:
         raise WorkspaceError(f"{path} does not exist") from None
     except OSError as error:
         raise WorkspaceError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WorkspaceError(f"{path} is not valid JSON ({error})", "remove it; it is made again") from error
 
 
@@ -94,7 +97,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """The process's umask. Linux says it; elsewhere it has to be 0 for a moment, for all threads."""
+    try:
+        found = UMASK.search(STATUS.read_text())
+    except OSError:
+        found = None
+    if found is not None:
+        return int(found[1], 8)
     current = os.umask(0)
     os.umask(current)
     return current

@@ -87,11 +87,13 @@ class SessionPool:
             return self._idle.pop()
 
     def _take_back(self, lent: Session) -> None:
-        lent.drop()
-        with self._changed:
-            closed = self._closed
-            if not closed:
-                self._idle.append(lent)
-                self._changed.notify()
-        if closed:
-            lent.close()
+        try:
+            lent.drop()
+        finally:  # it waits, and may be interrupted
+            with self._changed:
+                closed = self._closed
+                if not closed:
+                    self._idle.append(lent)
+                    self._changed.notify()
+            if closed:
+                lent.close()

@@ -33,6 +33,7 @@ INTERPOLATIONS = {
 }
 COLOURS = {"RGB": 3, "L": 1}
 PROBES = ((480, 640), (640, 480), (61, 97), (97, 61))  # (H, W): larger and smaller than inputs are, either way round
+MADE_UP_TILE = 61  # pixels
 MAX_RESIZED_PIXELS = 178_956_970  # twice Pillow's default MAX_IMAGE_PIXELS, where Pillow itself refuses to decode
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # more than 8 bits a channel: convert() would clip them
 
@@ -155,12 +156,13 @@ class Preprocess:
 
 
 def _made_up(height: int, width: int) -> NDArray[np.uint8]:
-    """A picture of smooth and of noisy parts, uint8 `[H, W, 3]`; from integers alone, so the same on any machine."""
-    index = np.arange(height * width * 3, dtype=np.uint64)
-    noise = (index * np.uint64(2654435761) >> np.uint64(13)) & np.uint64(255)  # Knuth's multiplicative hash
-    smooth = index // np.uint64(3) * np.uint64(255) // np.uint64(height * width)
-    picture: NDArray[np.uint8] = np.where(index % np.uint64(7) < 3, noise, smooth).astype(np.uint8)
-    return picture.reshape(height, width, 3)
+    """A picture of noise between smooth columns, uint8 `[H, W, 3]`; from integers alone, so the same on any machine."""
+    index = np.arange(MADE_UP_TILE**2 * 3, dtype=np.uint32)
+    noise = (index * np.uint32(2654435761) >> np.uint32(13)).astype(np.uint8)  # Knuth's multiplicative hash
+    repeats = (-(-height // MADE_UP_TILE), -(-width // MADE_UP_TILE), 1)
+    picture = np.tile(noise.reshape(MADE_UP_TILE, MADE_UP_TILE, 3), repeats)[:height, :width]
+    picture[:, ::3] = (np.arange(height) * 255 // height)[:, None, None]
+    return picture
 
 
 def open_image(image: ImageLike) -> Image.Image:

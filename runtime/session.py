@@ -65,9 +65,9 @@ class Session:
         precision: str | None = None,
         threads: int = 0,
         provider: str | None = None,
-        require_signature: Path | None = None,
+        require_signature: str | Path | None = None,
         allow_older: bool = False,
-        cache: Path | None = None,
+        cache: str | Path | None = None,
         device_preprocessing: bool = False,
     ) -> Session:
         """Opens an engine file, a bundle, or the engine of a build folder that was asked for or is recommended there.
@@ -82,11 +82,17 @@ class Session:
         Raises `EngineError` if there is no such engine, it was changed, or its backend is not installed.
         """
         choice = chosen(
-            Path(path), backend, precision, require_signature=require_signature, allow_older=allow_older, cache=cache
+            Path(path),
+            backend,
+            precision,
+            provider=provider,
+            require_signature=require_signature,
+            allow_older=allow_older,
+            cache=cache,
         )
         loader = backend_named(choice.info.backend)
         _check_provider(loader, provider)
-        runner = loader.open(choice.engine, threads=threads, provider=provider or "")
+        runner = loader.open(choice.engine, threads=threads, provider=provider or "", dla=choice.info.dla)
         return cls(runner, choice.info, choice.why, device_preprocessing=device_preprocessing)
 
     @property

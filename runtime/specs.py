@@ -147,6 +147,7 @@ class EngineInfo:
     * layers: what was really built, per planned convolution and matrix product
     * kernels: everything that the engine launches
     * profile: the batch sizes it was built for, None for any
+    * dla: the DLA core that it was built for, None for none
     * onnx_sha256: of the graph it was built from; engine_sha256: of the engine file
     * versions: the libraries it was built with
     """
@@ -165,6 +166,7 @@ class EngineInfo:
     kernels: tuple[Kernel, ...] = ()
     profile: BatchProfile | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    dla: int | None = None
 
     @property
     def actual_precision(self) -> dict[str, int]:
@@ -202,4 +204,5 @@ class EngineInfo:
             kernels=tuple(Kernel.from_json(kernel) for kernel in content["kernels"]),
             profile=None if content["profile"] is None else BatchProfile(**content["profile"]),
             versions=dict(content["versions"]),
+            dla=content.get("dla"),  # engines of before have none
         )

@@ -14,9 +14,9 @@ from command import Command
 from contract import ERROR_DOCUMENT, differences
 from edgewright.runtime import cuda
 from edgewright.runtime.backends import Absence
-from edgewright.runtime.bundle import write_key_pair
+from edgewright.runtime.bundle import write_archive, write_key_pair
 from edgewright.runtime.errors import BuildError
-from fake_gpu import ORIN, FakeGpu, named_graphs
+from fake_gpu import ORIN, FakeGpu
 from toy_bundle import toy_bundle, toy_files
 
 Documents = dict[str, Any]
@@ -48,6 +48,17 @@ def test_build_verify_and_run(command: Command, bundle: Path, device_cache: Path
     assert ran.code == 0, ran
     assert "proven here" in ran.err
     assert {top["label"] for top in ran.document["images"][0]["top"]} == {"ant", "bee", "cat", "dog"}
+
+
+def test_names_that_are_no_text(command: Command, bundle: Path, tmp_path: Path) -> None:
+    """As Linux allows them; they are shown as far as that goes."""
+    archive = tmp_path / "b\udcff.edgewright"
+    write_archive(bundle, archive)
+    done = command("unpack", archive)
+    assert (done.code, done.out.splitlines()[0].partition(":")[0]) == (0, f"{tmp_path}/b\\udcff.bundle")
+    assert command("unpack", archive).error.startswith(f"{tmp_path}/b?.bundle exists")
+    (tmp_path / "b\udcff.bundle" / "\udcfe").write_bytes(b"")
+    assert command("build", tmp_path / "b\udcff.bundle", "--cache", tmp_path / "c").error.startswith("? is not in")
 
 
 def test_the_table_fits_a_terminal(command: Command, bundle: Path, device_cache: Path, gpu: FakeGpu) -> None:
@@ -88,7 +99,6 @@ def test_a_failed_self_test(command: Command, tmp_path: Path, device_cache: Path
     logits = -np.frombuffer(toy_files()["golden/logits.f32"], "<f4")
     bundle = toy_bundle(
         tmp_path / "wrong.bundle",
-        spec_changes={"graphs": named_graphs()},
         files={"golden/logits.f32": logits.tobytes()},
     )
     done = command("build", bundle, "--cache", device_cache, "--precision", "fp32", "--json")

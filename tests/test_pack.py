@@ -307,6 +307,11 @@ def test_the_command_packs_signs_and_unpacks(
     ).error  # fmt: skip
 
 
+@pytest.mark.parametrize("folder", [".", "/", ""])
+def test_a_folder_is_not_unpacked(command: Command, folder: str) -> None:
+    assert "is a folder, expected a bundle in one file" in command("unpack", folder).error
+
+
 def test_a_failed_verdict_is_packed_only_when_that_is_said(
     command: Command, packed_dir: Path, shared_images: Any, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,6 +325,9 @@ def test_a_failed_verdict_is_packed_only_when_that_is_said(
     result = command("pack", *options, "--allow-failed")
     assert result.code == 0
     assert "the verdict is FAIL" in result.out
+    lines = result.out.replace(str(packed_dir), "build").splitlines()
+    assert max(map(len, lines)) <= 80, lines
+    assert "no int8 graph" in result.out
     with open_bundle(packed_dir / "tiny" / "tiny.bundle") as bundle:
         assert json.loads(bundle.read("parity.json"))["verdict"] == "fail"
 

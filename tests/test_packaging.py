@@ -26,7 +26,6 @@ from PIL import Image
 
 from edgewright.runtime import EngineInfo, Preprocess, TensorSpec
 from edgewright.runtime.files import sha256_of, write_json
-from fake_gpu import named_graphs
 from toy_bundle import toy_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -291,7 +290,7 @@ def test_device_install_runs_an_engine(device: Environment, engine: Path, green:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toy_bundle(tmp_path_factory.mktemp("bundle") / "toy.bundle", spec_changes={"graphs": named_graphs()})
+    return toy_bundle(tmp_path_factory.mktemp("bundle") / "toy.bundle")
 
 
 def test_device_install_builds_verifies_and_runs_a_bundle(

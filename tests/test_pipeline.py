@@ -399,7 +399,7 @@ class Fake(OnnxRuntimeBackend):
             raise BuildError("fake refused node 7", "take another model")
         return super().compile(request)
 
-    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
         if self.fault == "open":
             raise EngineError("fake has no device", "plug it in")
         runner = super().open(engine, threads=threads)

@@ -61,6 +61,7 @@ class Compiled:
     * kernels: read back from the engine
     * profile: the batch sizes it takes, None for any
     * timing_cache: to be given to the next build on this device; empty where there is none
+    * dla: the DLA core that it is for, None for none
     """
 
     engine: bytes
@@ -70,6 +71,7 @@ class Compiled:
     versions: Mapping[str, str] = field(default_factory=dict)
     profile: BatchProfile | None = None
     timing_cache: bytes = b""
+    dla: int | None = None
 
 
 @dataclass(frozen=True)
@@ -124,11 +126,11 @@ class Backend(ABC):
         """Compiles the graph and reads back what was made of it. Raises `BuildError`."""
 
     @abstractmethod
-    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
         """Loads an engine from memory; `threads` is the number of CPU threads, 0 for all cores.
 
-        `provider` is one of `providers`, "" for the first. Raises `EngineError` if the engine does not load, or the
-        provider is not here.
+        `provider` is one of `providers`, "" for the first; `dla` is the DLA core that the engine was built for. Raises
+        `EngineError` if the engine does not load, or the provider is not here.
         """
 
     def build(self, request: BuildRequest) -> Built:

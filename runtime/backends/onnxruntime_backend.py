@@ -14,7 +14,6 @@ import platform
 import re
 import tempfile
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BuildError, EngineError
+from ..installed import installed_version
 from ..specs import Kernel, PlannedLayer, TensorSpec
 from .base import Absence, Backend, BuildRequest, Compiled
 from .naming import layer_run_by
 from .onnxruntime_providers import PROVIDERS, first_line, open_session
-from .runner import Runner
+from .runner import Runner, check_dtypes
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -43,7 +43,9 @@ PRECISION_OF_TYPE = {
     "int8": "int8",
     "double": "fp64",
 }
-DTYPE_OF_TYPE = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(double)": "float64"}
+ELEMENT = re.compile(r"tensor\((\w+)\)")
+DTYPE_OF_ELEMENT = {"float": "float32", "double": "float64"}
+"""Where onnxruntime's word for a type is not numpy's."""
 
 
 class OnnxRuntimeBackend(Backend):
@@ -63,12 +65,7 @@ class OnnxRuntimeBackend(Backend):
 
     def version(self) -> str:
         """Of whichever distribution brings the import name."""
-        for distribution in DISTRIBUTIONS:
-            try:
-                return metadata.version(distribution)
-            except metadata.PackageNotFoundError:
-                continue
-        return "unknown"
+        return installed_version(*DISTRIBUTIONS) or "unknown"
 
     def compile(self, request: BuildRequest) -> Compiled:
         """Compiles the graph once, runs one image of zeros, and reads the kernels off the profile."""
@@ -82,7 +79,7 @@ class OnnxRuntimeBackend(Backend):
             kernels = _kernels(json.loads(Path(session.end_profiling()).read_text()), request.planned)
         return Compiled(request.onnx, inputs, outputs, kernels, {"onnxruntime": self.version()})
 
-    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
         """A session on the provider alone."""
         absence = self.absence()
         if absence is not None:
@@ -95,6 +92,7 @@ class OnnxRuntimeRunner(Runner):
 
     def __init__(self, session: Any) -> None:
         super().__init__(_specs(session.get_inputs()), _specs(session.get_outputs()))
+        check_dtypes((*self.inputs, *self.outputs))
         self._session = session
 
     def infer_impl(self, feeds: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
@@ -155,10 +153,16 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
         TensorSpec(
             value.name,
             tuple(side if isinstance(side, int) else None for side in value.shape),
-            DTYPE_OF_TYPE.get(value.type, value.type),
+            _dtype_of(value.type),
         )
         for value in values
     )
+
+
+def _dtype_of(type_: str) -> str:
+    """Numpy's name for "tensor(float)"; what is no tensor stays as it is."""
+    element = ELEMENT.fullmatch(type_)
+    return DTYPE_OF_ELEMENT.get(element[1], element[1]) if element else type_
 
 
 def _kernels(events: list[dict[str, Any]], planned: tuple[PlannedLayer, ...]) -> tuple[Kernel, ...]:

@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import EngineError
+from ..installed import two_onnxruntimes
 
 __all__ = ["PROVIDERS", "first_line", "open_session"]
 
@@ -29,8 +30,8 @@ CUDA_OPTIONS = {
 TENSORRT_OPTIONS = {
     "device_id": "0",
     # A cached engine is native code from a folder, loaded unseen; ours are authenticated first (the backend tensorrt).
-    "trt_engine_cache_enable": "0",
-    "trt_timing_cache_enable": "0",
+    "trt_engine_cache_enable": "False",  # not "0": onnxruntime wants this word for the provider's switches
+    "trt_timing_cache_enable": "False",
 }
 FATAL_ONLY, WARNINGS = 4, 2  # severities of onnxruntime's log; the second is its default
 GET_GPU = "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'edgewright[gpu]'; on a Jetson NVIDIA's wheel"
@@ -73,9 +74,16 @@ def open_session(graph: bytes, options: Any, provider: str) -> Any:
 
 def _session(onnxruntime: ModuleType, graph: bytes, options: Any, providers: list[Any]) -> Any:
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0)
+        return _lean(onnxruntime.InferenceSession(graph, options, providers=providers, enable_fallback=0))
     except Exception as error:  # onnxruntime's exceptions share no base class but Exception
         raise EngineError(f"onnxruntime cannot load the graph: {first_line(error)}", "build it again") from error
+
+
+def _lean(session: Any) -> Any:
+    """The session without the serialized graph, which it keeps to start anew with other providers: ours never does."""
+    if hasattr(session, "_model_bytes"):
+        session._model_bytes = b""
+    return session
 
 
 def _on_gpu(onnxruntime: ModuleType, graph: bytes, options: Any, accelerator: _Accelerator) -> Any:
@@ -92,12 +100,10 @@ def _on_gpu(onnxruntime: ModuleType, graph: bytes, options: Any, accelerator: _A
     if session.get_providers()[: len(chain)] != list(accelerator.chain):
         raise _explained(onnxruntime, accelerator, f"it took {', '.join(session.get_providers())} instead")
     session.disable_fallback()
-    return session
+    return _lean(session)
 
 
 def _not_built_in(accelerator: _Accelerator) -> str:
-    from ..device.probes import two_onnxruntimes
-
     if two_onnxruntimes():
         return f"onnxruntime and onnxruntime-gpu are installed over each other, and {accelerator.name} is gone"
     return f"the onnxruntime here was built without {accelerator.name}: onnxruntime-gpu is not installed"

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from ..audit import audited
 from ..errors import BuildError, EngineError
+from ..installed import installed_version
 from ..specs import Kernel, PlannedLayer, TensorSpec
 from .base import Absence, Backend, BuildRequest, Compiled
 from .naming import layer_run_by
@@ -82,11 +82,8 @@ class OpenVinoBackend(Backend):
         )
 
     def version(self) -> str:
-        """Of the installed distribution."""
-        try:
-            return metadata.version("openvino")
-        except metadata.PackageNotFoundError:  # built from source, without a wheel
-            return "unknown"
+        """Of the installed distribution; one that was built from source, without a wheel, may have none."""
+        return installed_version("openvino") or "unknown"
 
     def compile(self, request: BuildRequest) -> Compiled:
         """Compiles the graph for one image and for any batch, runs one image of zeros, and reads the kernels back.
@@ -105,7 +102,7 @@ class OpenVinoBackend(Backend):
         engine = request.onnx + _stamp(request.precision)
         return Compiled(engine, inputs, outputs, kernels, {"openvino": self.version()})
 
-    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
         """Compiles the graph for one image, in the precision that is stamped on it."""
         absence = self.absence()
         if absence is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from time import perf_counter_ns
 from types import TracebackType
@@ -21,7 +21,7 @@ from ..specs import TensorSpec
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["MOST_IN_FLIGHT", "Counters", "Outputs", "Runner", "check_fits"]
+__all__ = ["MOST_IN_FLIGHT", "Counters", "Outputs", "Runner", "check_dtypes", "check_fits"]
 
 Outputs = dict[str, NDArray[np.float32]]
 RunnerType = TypeVar("RunnerType", bound="Runner")
@@ -35,8 +35,8 @@ class Counters:
     """What a runner has done so far; the times are sums in milliseconds, and overlap where batches do.
 
     * preprocess_ms: from images to the network's input, on the processor
-    * copy_in_ms, copy_out_ms: between host and device, 0 for engines on the processor; preprocessing on the device is
-      part of copy_in_ms
+    * copy_in_ms, copy_out_ms: between host and device, by TensorRT's backends; others leave them 0, and copying is part
+      of compute_ms. Preprocessing on the device is part of copy_in_ms
     * compute_ms: of the engine
     """
 
@@ -84,7 +84,7 @@ class Runner(ABC):
         """
         with self._lock:
             self._check_idle()
-            return self.run_impl({spec.name: self._checked(spec, feeds) for spec in self.inputs})
+            return self.run_impl(self.checked(feeds))
 
     def submit(self, feeds: Mapping[str, Any]) -> None:
         """Begins a batch and returns; `result` gives its outputs. At most two are in flight.
@@ -96,7 +96,7 @@ class Runner(ABC):
             self._check_open()
             if len(self._in_flight) == MOST_IN_FLIGHT:
                 raise EngineError(f"{MOST_IN_FLIGHT} batches are in flight already", "take a result first")
-            self._in_flight.append(self.submit_impl({spec.name: self._checked(spec, feeds) for spec in self.inputs}))
+            self._in_flight.append(self.submit_impl(self.checked(feeds)))
 
     def result(self) -> Outputs:
         """The outputs of the batch that was submitted first of those in flight, or its exception; waits for it.
@@ -117,7 +117,8 @@ class Runner(ABC):
     def preprocess_on_device(self, preprocess: Preprocess) -> None:
         """Prepares `infer_images`. Raises `EngineError` where the device cannot preprocess."""
         raise EngineError(
-            "this engine runs on the processor, there is no device to preprocess on", "leave out device_preprocessing"
+            "this engine takes what the processor makes, there is no device to preprocess on",
+            "leave out device_preprocessing",
         )
 
     def infer_images(self, images: list[NDArray[np.uint8]]) -> Outputs:
@@ -193,6 +194,10 @@ class Runner(ABC):
 
         return exchanged(spec.name, given, None)
 
+    def checked(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs as they are used. Raises `InputError` if one is missing or does not fit."""
+        return {spec.name: self._input(spec, feeds) for spec in self.inputs}
+
     def count(self, images: int, *, copy_in_ms: float = 0.0, compute_ms: float = 0.0, copy_out_ms: float = 0.0) -> None:
         """Adds one batch to the counters."""
         self._batches += 1
@@ -201,7 +206,7 @@ class Runner(ABC):
         self._compute_ms += compute_ms
         self._copy_out_ms += copy_out_ms
 
-    def _checked(self, spec: TensorSpec, feeds: Mapping[str, Any]) -> Any:
+    def _input(self, spec: TensorSpec, feeds: Mapping[str, Any]) -> Any:
         if spec.name not in feeds:
             raise InputError(f"input {spec.name!r} is missing; the engine needs it, given were {sorted(feeds)}")
         given = feeds[spec.name]
@@ -230,6 +235,23 @@ class Runner(ABC):
 def _images_of(feeds: Mapping[str, Any]) -> int:
     first = next(iter(feeds.values()))
     return first.shape[0] if first.shape else 1
+
+
+def check_dtypes(specs: Iterable[TensorSpec]) -> None:
+    """Raises `EngineError` if numpy lacks the type of a tensor: it could be neither given nor returned."""
+    for spec in specs:
+        if not _is_numpys(spec.dtype):
+            raise EngineError(
+                f"the engine's {spec.name!r} is {spec.dtype}, a type that numpy does not have",
+                "export the model with float32 or float16 inputs and outputs",
+            )
+
+
+def _is_numpys(name: str) -> bool:
+    try:
+        return np.dtype(name).kind in "biuf"  # other packages add types, such as bfloat16, of other kinds
+    except TypeError:
+        return False
 
 
 def check_fits(spec: TensorSpec, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:

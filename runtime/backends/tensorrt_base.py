@@ -35,8 +35,8 @@ class NvidiaBackend(Backend):
         except DeviceError:
             return ""
 
-    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
-        """On the GPU here; `threads` plays no role."""
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
+        """On the GPU here, or its DLA core; `threads` plays no role."""
         absence = self.cannot_run()
         if absence is not None:
             raise EngineError(absence.reason, absence.hint)
@@ -45,7 +45,7 @@ class NvidiaBackend(Backend):
         from .tensorrt_runner import TensorRtRunner
 
         kernels = self.kernels_file(engine, device_here())
-        return TensorRtRunner(LoadedEngine(self.package(), engine, open_driver(), kernels))
+        return TensorRtRunner(LoadedEngine(self.package(), engine, open_driver(), kernels, dla))
 
     def kernels_file(self, engine: bytes, device: Device) -> Path | None:
         """Where kernels that are compiled on the device are kept; None where all are in the engine."""

@@ -11,6 +11,7 @@ from typing import Any
 from ..cuda.driver import CudaDriver
 from ..errors import DeviceMemoryError, EngineError
 from ..specs import TensorSpec
+from .runner import check_dtypes
 from .tensorrt_builder import product_of, spec_of
 from .tensorrt_log import logger_of, recorded
 from .tensorrt_rtx_settings import RtxSettings
@@ -20,11 +21,16 @@ __all__ = ["LoadedEngine", "inspected", "load_engine", "shape_of", "shape_refuse
 PROFILE = 0  # the builder adds one
 
 
-def load_engine(trt: ModuleType, engine: bytes) -> tuple[Any, Any]:
-    """The runtime and the engine, which must be freed before it. Raises `EngineError` if it does not load."""
+def load_engine(trt: ModuleType, engine: bytes, dla: int | None = None) -> tuple[Any, Any]:
+    """The runtime and the engine, which must be freed before it; `dla` is the core that it was built for.
+
+    Raises `EngineError` if it does not load.
+    """
     with recorded(trt) as log:
         runtime = trt.Runtime(logger_of(trt))
         runtime.engine_host_code_allowed = False  # the default; an engine is data, and stays so
+        if dla is not None:
+            runtime.DLA_core = dla
         loaded = runtime.deserialize_cuda_engine(engine) if engine else None
     if loaded is None:
         del runtime  # now, not when somebody lets go of the error
@@ -35,17 +41,19 @@ def load_engine(trt: ModuleType, engine: bytes) -> tuple[Any, Any]:
     return runtime, loaded
 
 
-def inspected(trt: ModuleType, engine: bytes) -> str:
+def inspected(trt: ModuleType, engine: bytes, dla: int | None = None) -> str:
     """The inspector's JSON, with the kernels as they run at the smallest batch of the profile.
 
-    Raises `EngineError` if the engine does not load.
+    Raises `EngineError` if the engine does not load, or has tensors that cannot be run in batches.
     """
-    runtime, loaded = load_engine(trt, engine)
+    runtime, loaded = load_engine(trt, engine, dla)
+    inputs = _specs(trt, loaded, inputs=True)
+    _check_axes(inputs, _specs(trt, loaded, inputs=False))
     context = loaded.create_execution_context()
     if context is None:
         raise EngineError(f"{product_of(trt)} cannot prepare the engine", "it probably needs more memory than is free")
     # Without shapes the inspector leaves out the types of all tensors that depend on the batch.
-    for spec in _specs(trt, loaded, inputs=True):
+    for spec in inputs:
         shape = shape_of(spec, _batches(loaded, spec)[0])
         if not context.set_input_shape(spec.name, shape):
             raise shape_refused(spec, shape)
@@ -64,8 +72,18 @@ class LoadedEngine:
     * driver: CUDA's; captures: whether its runs are to be captured as CUDA graphs
     """
 
-    def __init__(self, trt: ModuleType, engine: bytes, driver: CudaDriver, kernels: Path | None = None) -> None:
-        """Takes over `driver`, also where it raises; `kernels` is the file of TensorRT-RTX's runtime cache."""
+    def __init__(
+        self,
+        trt: ModuleType,
+        engine: bytes,
+        driver: CudaDriver,
+        kernels: Path | None = None,
+        dla: int | None = None,
+    ) -> None:
+        """Takes over `driver`, also where it raises.
+
+        `kernels` is the file of TensorRT-RTX's runtime cache; `dla` the core that the engine was built for.
+        """
         self.trt = trt
         self.driver = driver
         self._users = 1
@@ -76,7 +94,7 @@ class LoadedEngine:
         with ExitStack() as failing:
             failing.callback(self._free)
             with driver.current():
-                self._load(engine, kernels)
+                self._load(engine, kernels, dla)
             failing.pop_all()
         self.captures = driver.captures and (self._settings is None or not self._settings.captures)
 
@@ -106,10 +124,12 @@ class LoadedEngine:
             )
         return context
 
-    def _load(self, engine: bytes, kernels: Path | None) -> None:
-        self._runtime, self._engine = load_engine(self.trt, engine)
+    def _load(self, engine: bytes, kernels: Path | None, dla: int | None) -> None:
+        self._runtime, self._engine = load_engine(self.trt, engine, dla)
         self.inputs = _specs(self.trt, self._engine, inputs=True)
         self.outputs = _specs(self.trt, self._engine, inputs=False)
+        _check_axes(self.inputs, self.outputs)
+        check_dtypes((*self.inputs, *self.outputs))
         batches = [_batches(self._engine, spec) for spec in self.inputs]
         self.smallest_batch = max(smallest for smallest, _ in batches)
         self.largest_batch = min(largest for _, largest in batches)
@@ -142,10 +162,24 @@ def shape_refused(spec: TensorSpec, shape: tuple[int, ...]) -> EngineError:
     return EngineError(f"the engine refused the shape {list(shape)} of {spec.name!r}")
 
 
+def _check_axes(inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    """Raises `EngineError` unless all tensors have the batch as their first axis; batches are split along it."""
+    if not inputs or not outputs:
+        raise EngineError("the engine has no inputs or no outputs", "build it again")
+    batch = inputs[0].shape[:1]
+    for spec in (*inputs, *outputs):
+        if not spec.shape or spec.shape[:1] != batch or (spec in inputs and None in spec.shape[1:]):
+            shape = ", ".join("N" if side is None else str(side) for side in spec.shape)
+            raise EngineError(
+                f"the engine's {spec.name!r} has the shape [{shape}]",
+                "the first axis must be the batch, in all tensors",
+            )
+
+
 def _batches(engine: Any, spec: TensorSpec) -> tuple[int, int]:
     """The smallest and the largest number of images of an input."""
-    if None not in spec.shape:
-        fixed = next(iter(spec.shape), None) or 1
+    fixed = spec.shape[0]
+    if fixed is not None:
         return fixed, fixed
     smallest, _, largest = engine.get_tensor_profile_shape(spec.name, PROFILE)
     return int(smallest[0]), int(largest[0])

@@ -9,10 +9,10 @@ import functools
 import importlib
 import importlib.util
 import re
-from importlib import metadata
 from types import ModuleType
 
 from ..errors import BuildError, DeviceError, EngineError
+from ..installed import installed_version
 from .base import Absence, BuildRequest, Compiled
 from .tensorrt_base import NvidiaBackend
 from .tensorrt_builder import build_engine
@@ -65,10 +65,10 @@ class TensorRtBackend(NvidiaBackend):
 
     def version(self) -> str:
         """Of the installed package; JetPack's may come without a record of it, then the package is asked."""
-        try:
-            return metadata.version(PACKAGE)
-        except metadata.PackageNotFoundError:
-            return str(_package().__version__) if importlib.util.find_spec(PACKAGE) is not None else "unknown"
+        recorded = installed_version(PACKAGE)
+        if recorded is not None:
+            return recorded
+        return str(_package().__version__) if importlib.util.find_spec(PACKAGE) is not None else "unknown"
 
     def compile(self, request: BuildRequest) -> Compiled:
         """Builds, loads the engine and asks the inspector for its kernels."""
@@ -77,7 +77,7 @@ class TensorRtBackend(NvidiaBackend):
         package = _package()
         plan = build_engine(package, request)
         try:
-            listing = inspected(package, plan.engine)
+            listing = inspected(package, plan.engine, request.dla)
         except EngineError as error:
             raise BuildError(f"cannot read what was built: {error.message}", error.remedy) from error
         return Compiled(
@@ -88,6 +88,7 @@ class TensorRtBackend(NvidiaBackend):
             versions={self.name: self.version()},
             profile=plan.profile,
             timing_cache=plan.timing_cache,
+            dla=request.dla,
         )
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..errors import BuildError, DeviceError
+from ..installed import installed_version
 from .base import Absence, BuildRequest, Compiled
 from .tensorrt_base import NvidiaBackend
 from .tensorrt_builder import build_engine
@@ -92,10 +92,7 @@ class TensorRtRtxBackend(NvidiaBackend):
 
     def version(self) -> str:
         """Of the installed package."""
-        try:
-            return metadata.version(PACKAGE)
-        except metadata.PackageNotFoundError:
-            return "unknown"
+        return installed_version(PACKAGE) or "unknown"
 
     def compile(self, request: BuildRequest) -> Compiled:
         """Builds for the target, and reads the kernels off the builder's log: without a GPU no engine can be loaded."""

@@ -73,8 +73,10 @@ class TensorRtRunner(Runner):
                 slot = self._idle.pop() if self._idle else self._new_slot(loaded)
                 slot.start(parts[0])
             return Batch(slot, parts)
-        except Exception as error:
+        except BaseException as error:
             self._put_back(slot)
+            if not isinstance(error, Exception):
+                raise
             return Failed(error)
 
     def result_impl(self, begun: Batch | Failed) -> Outputs:
@@ -124,6 +126,15 @@ class TensorRtRunner(Runner):
                 array.release()
                 raise
         return array
+
+    def checked(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """All inputs must have the same number of images, too."""
+        inputs = super().checked(feeds)
+        counts = {name: len(given) for name, given in inputs.items()}
+        if len(set(counts.values())) > 1:
+            given = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
+            raise InputError(f"the inputs differ in their number of images: {given}", "give the same number in each")
+        return inputs
 
     def sibling_impl(self) -> TensorRtRunner:
         """Streams, memory and contexts of its own, over the same deserialized engine."""

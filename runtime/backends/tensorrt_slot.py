@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -90,8 +90,9 @@ class Slot:
         self._images = len(next(iter(feeds.values())))
         batch = max(self._images, self._loaded.smallest_batch)
         self._copy_in(feeds, batch)
+        self._prepare(batch)
         self._driver.record(self._computing, self._streams.compute)
-        self._compute(batch)
+        self._compute()
         self._driver.record(self._computed, self._streams.compute)
         for name, array in self._results.items():
             self._buffers[name].download(array.nbytes, self._streams.compute)
@@ -137,11 +138,14 @@ class Slot:
         self._driver.record(self._copied, stream)
         self._driver.wait(self._streams.compute, self._copied)
 
-    def _compute(self, batch: int) -> None:
+    def _prepare(self, batch: int) -> None:
+        """Shapes and graph, before the time of the computation begins."""
         if batch != self._batch:
             self._reshape(batch)
         if not self._graph and self._warm and self._captures:
             self._graph = self._captured()
+
+    def _compute(self) -> None:
         if self._graph:
             self._driver.launch_graph(self._graph, self._streams.compute)
         else:
@@ -172,23 +176,12 @@ class Slot:
     def _captured(self) -> int:
         """The run as a graph; 0 where it cannot be captured, and then it is not tried again."""
         try:
-            self._driver.begin_capture(self._streams.compute)
-            try:
-                self._execute()
-            except BaseException:
-                self._abandon_capture()
-                raise
-            return self._driver.end_capture(self._streams.compute)
+            return self._driver.captured(self._streams.compute, self._execute)
         except DeviceLostError:
             raise
         except DeviceError:
             self._captures = False
             return 0
-
-    def _abandon_capture(self) -> None:
-        """Until it is ended, the stream takes no other work."""
-        with suppress(DeviceError):
-            self._driver.destroy_graph(self._driver.end_capture(self._streams.compute))
 
     def _drop_graph(self) -> None:
         graph, self._graph = self._graph, 0
@@ -208,6 +201,11 @@ class Slot:
         shape = tuple(self._context.get_tensor_shape(spec.name))
         if min(shape, default=0) < 0:
             raise EngineError(f"the shape of {spec.name!r} depends on its values", "only the batch may vary")
+        if shape[0] != self._loaded.largest_batch:
+            raise EngineError(
+                f"{spec.name!r} has the shape {list(shape)} for {self._loaded.largest_batch} images",
+                "its first axis must be the batch",
+            )
         buffer = Buffer(self._driver, shape, spec.dtype, owner)
         if not self._context.set_tensor_address(spec.name, buffer.address):
             raise EngineError(f"the engine refused the memory of {spec.name!r}")

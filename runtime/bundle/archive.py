@@ -91,12 +91,15 @@ def _opened(archive: Path) -> BinaryIO:
         descriptor = os.open(archive, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise BundleError(f"cannot open {archive}: {error.strerror}", "check the path") from error
+    if archive.is_dir():
+        os.close(descriptor)
+        raise BundleError(f"{archive} is a folder, expected a bundle in one file", "unpacked bundles need no unpacking")
     return regular_file(descriptor, str(archive))
 
 
 def _documents(stream: BinaryIO, archive: Path) -> tuple[bytes, bytes]:
     """The bytes of the manifest and of the envelope."""
-    if stream.read(len(MAGIC)) != MAGIC:
+    if size_of(stream) < len(MAGIC) or _exactly(stream, len(MAGIC), "the header") != MAGIC:
         raise BundleError(f"{archive} is no bundle in one file", "pack it with edgewright pack MODEL --archive")
     manifest_size, envelope_size = SIZES.unpack(_exactly(stream, SIZES.size, "the header"))
     for name, size, most in (
@@ -133,7 +136,10 @@ def _checked(stream: BinaryIO, entry: FileEntry) -> Iterator[bytes]:
 
 
 def _exactly(stream: BinaryIO, size: int, name: str) -> bytes:
-    content = stream.read(size)
+    try:
+        content = stream.read(size)
+    except OSError as error:  # a disk that fails
+        raise BundleError(f"cannot read {name}: {error.strerror}", AGAIN) from error
     if len(content) != size:
         raise BundleError(f"the file ends inside {name}", AGAIN)
     return content

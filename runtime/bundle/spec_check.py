@@ -47,7 +47,7 @@ def check_engine(info: EngineInfo, graph: BundledGraph, spec: BundleSpec) -> Non
     }
     for name, value in expected.items():
         if getattr(info, name) != value:
-            raise BundleError(f"what describes {graph.path} says another {name} than the bundle", PACK_AGAIN)
+            raise BundleError(f"the description of {graph.path} differs from the bundle in its {name}", PACK_AGAIN)
 
 
 def _image_shape(spec: BundleSpec) -> tuple[int, int, int]:

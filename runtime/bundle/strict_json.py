@@ -10,6 +10,8 @@ from ..errors import BundleError
 
 __all__ = ["parsed", "spelled"]
 
+MOST_LEVELS = 32
+"""Of lists and objects in each other. Python's own limits differ: 3.12 reads deeper than it can write."""
 MOST_DIGITS = 19
 """Of an integer: 64 bits. Python before 3.10.7 takes quadratic time over a million of them."""
 
@@ -28,6 +30,8 @@ def parsed(content: bytes, name: str) -> dict[str, Any]:
         raise BundleError(f"{name} is nested too deeply") from None
     except ValueError as error:
         raise BundleError(f"{name} is not valid JSON ({error})") from None
+    if _levels(value) > MOST_LEVELS:
+        raise BundleError(f"{name} is nested too deeply")
     if not isinstance(value, dict):
         raise BundleError(f"{name} is a {type(value).__name__}, expected an object")
     return value
@@ -36,6 +40,17 @@ def parsed(content: bytes, name: str) -> dict[str, Any]:
 def spelled(content: object) -> bytes:
     """The one spelling of `content` as JSON. Raises ValueError for what has none: NaN, or half a surrogate pair."""
     return (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+def _levels(value: Any) -> int:
+    """Of lists and objects in each other, counted to one more than are allowed."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    for depth in range(MOST_LEVELS + 1):
+        children = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [child for some in children for child in some if isinstance(child, (dict, list))]
+        if not level:
+            return depth + 1
+    return MOST_LEVELS + 1
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

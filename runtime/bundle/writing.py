@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..errors import BundleError
-from ..files import TEMPORARY_PREFIX, sha256_of
+from ..files import TEMPORARY_PREFIX, sha256_of, umask
 from .keys import private_key
 from .manifest import ENVELOPE_FILE, MANIFEST_FILE, FileEntry, Manifest
 from .signature import signed_envelope
 
-__all__ = ["fresh_folder", "manifest_of", "write_bundle", "write_file"]
+__all__ = ["fresh_folder", "manifest_of", "recover", "write_bundle", "write_file"]
+
+BEFORE = f"{TEMPORARY_PREFIX}before-"
 
 
 def manifest_of(files: Mapping[str, bytes], *, version: int, model: str, tools: Mapping[str, str]) -> Manifest:
@@ -56,6 +58,7 @@ def fresh_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises `BundleError` if `folder` exists (with `replace`: and is no folder), or cannot be written.
     """
+    recover(folder)
     if os.path.lexists(folder) and not (replace and folder.is_dir() and not folder.is_symlink()):
         raise BundleError(f"{folder} exists", "remove it or choose another folder")
     temporary: Path | None = None
@@ -73,6 +76,13 @@ def fresh_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def recover(folder: Path) -> None:
+    """Gives a folder back that was put aside to be replaced by a process that was killed then."""
+    aside = _aside(folder)
+    if aside.exists() and not os.path.lexists(folder):
+        aside.rename(folder)
+
+
 def write_file(path: Path, pieces: Iterable[bytes]) -> None:
     """A new file, on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,26 +94,28 @@ def write_file(path: Path, pieces: Iterable[bytes]) -> None:
 
 def _publish(folder: Path) -> None:
     """Syncs the names in it, and lets everybody read what only its writer could (`mkdtemp` makes it so)."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
+    folder.chmod(0o777 & ~umask())
     for place, _, _ in os.walk(folder):
         _sync(Path(place))
 
 
 def _take_place(temporary: Path, folder: Path) -> None:
     """Renames; a folder that is there, which no rename replaces unless it is empty, is put aside and then removed."""
-    aside = temporary.with_name(f"{temporary.name}-before")
+    aside = _aside(folder)
     if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     try:
         temporary.rename(folder)
-    except OSError:
-        if aside.exists():
-            aside.rename(folder)
+    except BaseException:
+        recover(folder)
         raise
     _sync(folder.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.parent / f"{BEFORE}{folder.name}"
 
 
 def _sync(folder: Path) -> None:

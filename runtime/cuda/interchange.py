@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from ..errors import InputError
 
 __all__ = ["DeviceArray", "exchanged"]
+
+T = TypeVar("T")
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # DLDeviceType
 TYPE_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 6: "bool"}  # DLDataTypeCode
@@ -66,9 +68,9 @@ def exchanged(name: str, given: Any, stream: int | None) -> NDArray[Any] | Devic
     through `np.asarray`. Raises `InputError` if the data is on a device that does not fit, or is not contiguous there.
     """
     if hasattr(given, "__dlpack_device__"):
-        kind, index = given.__dlpack_device__()
+        kind, index = _answer(name, given.__dlpack_device__)
         if kind in (CPU, CUDA_HOST):
-            return _of_host(name, given)
+            return _answer(name, np.from_dlpack, given)
         if kind not in (CUDA, CUDA_MANAGED):
             raise InputError(
                 f"input {name!r} lies on a device of DLPack's type {int(kind)}", "copy it to the processor"
@@ -83,15 +85,16 @@ def exchanged(name: str, given: Any, stream: int | None) -> NDArray[Any] | Devic
 def _reading(name: str, stream: int | None) -> int:
     if stream is None:
         raise InputError(
-            f"input {name!r} lies on the GPU, the engine runs on the processor",
-            "copy it to the processor, such as by .cpu(), or open an engine for the GPU",
+            f"input {name!r} lies on the GPU, the engine takes it from the processor",
+            "copy it there, such as by .cpu(), or open an engine of TensorRT",
         )
     return stream
 
 
-def _of_host(name: str, given: Any) -> NDArray[Any]:
+def _answer(name: str, call: Callable[..., T], *arguments: Any) -> T:
+    """What the call into another library gives. Raises `InputError` where that refuses."""
     try:
-        return np.from_dlpack(given)
+        return call(*arguments)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:  # a gradient, a type that numpy lacks
         raise InputError(f"input {name!r} cannot be taken over: {error}", "give it as a numpy array") from error
 
@@ -162,10 +165,7 @@ UNUSED, USED = b"dltensor", b"used_dltensor"
 def _of_dlpack(name: str, given: Any, index: int, stream: int) -> DeviceArray:
     if index != FIRST_GPU:
         raise InputError(f"input {name!r} lies on GPU {index}, the engine is on GPU {FIRST_GPU}", "copy it there")
-    try:
-        taken = _Taken(given.__dlpack__(stream=stream))
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"input {name!r} cannot be taken over: {error}", "give it as a numpy array") from error
+    taken = _answer(name, lambda: _Taken(given.__dlpack__(stream=stream)))
     try:
         return _device_array(name, taken)
     except InputError:

@@ -116,7 +116,7 @@ class PyCuda(CudaDriver):
         self._taken(event)
 
     def record(self, event: int, stream: int) -> None:
-        if stream in self._objects:
+        if isinstance(self._objects.get(stream), self._cuda.Stream):  # 1 and 2 are streams too, CUDA's default ones
             self._call(self._object(event).record, self._object(stream))
         else:
             self._await_foreign(stream)

@@ -17,9 +17,9 @@ from pathlib import Path
 from ..backends import BACKENDS, Absence, Backend, backend_named
 from ..bundle import Bundle
 from ..engine_files import verified_bytes
-from ..errors import BuildError, BundleError, EdgewrightError, WorkspaceError
+from ..errors import BuildError, BundleError, EdgewrightError, EngineError, WorkspaceError
 from ..specs import BatchProfile, EngineInfo
-from .cache import cache_folder, locked_cache
+from .cache import cache_folder, checked_cache, locked_cache
 from .child import answer_of
 from .identity import GPU_DIALECTS, BuildSettings, Place, place_here
 from .kept import Kept, KeptEngine, engine_file, engine_folder, read_kept
@@ -176,6 +176,7 @@ class _Builder:
         timing = self._cache / TIMING_FOLDER / _timing_file(kept.place)
         for folder in (staging, timing.parent, kept.folder.parent, kept.folder):
             folder.mkdir(mode=0o700, exist_ok=True)
+            checked_cache(folder)
         task = BuildTask(
             bundle=str(self._bundle.path.absolute()),
             sha256=self._bundle.sha256,
@@ -220,7 +221,7 @@ def _kept_before(empty: Kept) -> Kept:
     """What is kept in the folder of `empty`; that itself where nothing is, or the manifest is damaged or another's."""
     try:
         found = read_kept(empty.folder)
-    except EdgewrightError:
+    except EngineError:
         return empty
     return found if found is not None and replace(found, engines=()) == empty else empty
 

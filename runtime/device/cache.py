@@ -14,10 +14,11 @@ from pathlib import Path
 
 from ..errors import WorkspaceError
 
-__all__ = ["CHOOSE_CACHE", "cache_folder", "checked_cache", "locked_cache", "unpacking_alone"]
+__all__ = ["CHOOSE_CACHE", "OWNER_ONLY", "cache_folder", "checked_cache", "locked_cache", "unpacking_alone"]
 
 VARIABLE = "EDGEWRIGHT_CACHE"
 LOCK_FILE, UNPACKING_FILE = ".lock", ".unpacking"
+OWNER_ONLY = 0o600  # mode of the files that are believed: in a folder that others may search, with a umask of 0
 CHOOSE_CACHE = f"choose another with --cache or ${VARIABLE}"
 
 
@@ -78,7 +79,9 @@ def locked_cache(folder: Path) -> Iterator[None]:
             yield
     except OSError as error:
         place = f": {error.filename}" if error.filename else ""
-        raise WorkspaceError(f"the cache {folder} cannot be used ({error.strerror or error}{place})", CHOOSE_CACHE) from error
+        raise WorkspaceError(
+            f"the cache {folder} cannot be used ({error.strerror or error}{place})", CHOOSE_CACHE
+        ) from error
 
 
 @contextlib.contextmanager
@@ -94,7 +97,7 @@ def unpacking_alone(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _opened(lock: Path) -> Iterator[int]:
     """The descriptor of a file that is only there to be locked; closing it lets go of the lock."""
-    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, OWNER_ONLY)
     try:
         yield handle
     finally:

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 from ..backends import BACKENDS, Absence, Backend
 from ..errors import EdgewrightError
+from ..installed import installed_version, two_onnxruntimes
 from .cache import cache_folder, checked_cache
 from .identity import processor
 from .memory import Memory, memory_here
-from .probes import ROOT, Jetson, installed_version, jetson, two_onnxruntimes
+from .probes import ROOT, Jetson, jetson
 
 __all__ = ["BackendState", "Examination", "Warned", "examination"]
 
@@ -117,7 +118,7 @@ def examination(root: Path = ROOT, *, cache: Path | None = None, seconds: float 
         libraries={
             name: version
             for name, distributions in LIBRARIES.items()
-            if (version := asked(name, lambda names=distributions: installed_version(names), ""))  # type: ignore[misc]
+            if (version := asked(name, lambda names=distributions: installed_version(*names) or "", ""))  # type: ignore[misc]
         },
         providers=asked("onnxruntime's providers", _providers, ()),
         backends=backends,

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.spec import Limits
-from ..engine_files import ENGINES_FOLDER, verified_bytes
+from ..bundle.typed import check_types
+from ..engine_files import ENGINES_FOLDER, info_of, verified_bytes
 from ..errors import EdgewrightError, EngineError
 from ..files import read_json, write_json
 from ..specs import EngineInfo
+from .cache import OWNER_ONLY, checked_cache
 from .identity import BuildSettings, Place, cache_key, key_prefix
 
 __all__ = ["MANIFEST", "Kept", "KeptEngine", "SelfTest", "engine_file", "engine_folder", "kept_for", "read_kept"]
@@ -56,6 +58,10 @@ class KeptEngine:
     info: EngineInfo
     self_test: SelfTest
 
+    def doubted(self, reason: str) -> KeptEngine:
+        """The same after a self-test that gave no answer, as it did before."""
+        return replace(self, self_test=replace(self.self_test, passed=False, reason=reason))
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `from_json`."""
         return {"file": self.file, "info": self.info.to_json(), "self_test": asdict(self.self_test)}
@@ -66,7 +72,9 @@ class KeptEngine:
         file = content["file"]
         if Path(file).name != file or file in ("", ".."):
             raise ValueError(f"{file!r} is no file name")
-        return cls(file, EngineInfo.from_json(content["info"]), SelfTest.from_json(content["self_test"]))
+        engine = cls(file, info_of(content["info"]), SelfTest.from_json(content["self_test"]))
+        check_types(engine, KeptEngine, "engine")
+        return engine
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,9 @@ class Kept:
         """Replaces the manifest at once. Raises `WorkspaceError` if it cannot be written."""
         identity = {"bundle": self.bundle, "place": asdict(self.place), "settings": asdict(self.settings)}
         engines = [engine.to_json() for engine in self.engines]
-        write_json(self.folder / MANIFEST, {"schema": SCHEMA, "identity": identity, "engines": engines})
+        write_json(
+            self.folder / MANIFEST, {"schema": SCHEMA, "identity": identity, "engines": engines}, mode=OWNER_ONLY
+        )
 
     def remove_unnamed(self) -> None:
         """Removes the files that the manifest does not name."""
@@ -127,7 +137,12 @@ def engine_file(precision: str, sha256: str, suffix: str) -> str:
 
 
 def read_kept(folder: Path) -> Kept | None:
-    """What the manifest in `folder` says, None if there is none. Raises `EngineError` if it is damaged."""
+    """What the manifest in `folder` says, None if there is none.
+
+    Raises `EngineError` if it is damaged, `WorkspaceError` if others could have written it.
+    """
+    for each in (folder.parent, folder):
+        checked_cache(each)
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -136,13 +151,13 @@ def read_kept(folder: Path) -> Kept | None:
         identity = content["identity"]
         if content["schema"] != SCHEMA:
             raise ValueError(f"its schema is {content['schema']!r}")
-        return Kept(
-            folder,
-            identity["bundle"],
-            Place(**identity["place"]),
-            BuildSettings.from_json(identity["settings"]),
-            tuple(KeptEngine.from_json(engine) for engine in content["engines"]),
-        )
+        place, settings = Place(**identity["place"]), BuildSettings.from_json(identity["settings"])
+        check_types(place, Place, "place")
+        check_types(settings, BuildSettings, "settings")
+        engines = tuple(KeptEngine.from_json(engine) for engine in content["engines"])
+        if any(engine.info.backend != place.backend for engine in engines):
+            raise ValueError(f"it names an engine that is not one of {place.backend}")
+        return Kept(folder, identity["bundle"], place, settings, engines)
     except (EdgewrightError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise EngineError(f"{path} is damaged ({error})", "remove it and build the bundle again") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -27,7 +26,10 @@ def opened_bundle(
     sign it, `RollbackError` if a higher version was built here and `allow_older` does not permit it; `WorkspaceError`
     if the cache cannot be trusted or written.
     """
-    is_file = os.path.isfile(path)  # as Path.is_file, but what cannot be looked at is no file and no exception
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # in a folder that may not be searched
+        raise BundleError(f"cannot open {path}: {error.strerror}", "check the path") from error
     checked_cache(cache, create=is_file)
     opened = _unpacked(path, cache, require_signature) if is_file else None
     bundle = opened or open_bundle(path, require_signature=require_signature)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
-__all__ = ["ROOT", "Jetson", "installed_version", "jetson", "two_onnxruntimes"]
+__all__ = ["ROOT", "Jetson", "jetson"]
 
 ROOT = Path("/")
 NVPMODEL = "nvpmodel"
@@ -44,21 +42,6 @@ def jetson(root: Path = ROOT) -> Jetson | None:
         return None
     l4t = f"{release[1]}.{release[2]}" if release is not None else ""
     return Jetson(board, l4t, _jetpack(root), _power_mode(root))
-
-
-def installed_version(names: Iterable[str]) -> str:
-    """Of the first of the distributions that is installed, "" if none is."""
-    for name in names:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return ""
-
-
-def two_onnxruntimes() -> bool:
-    """Whether onnxruntime and onnxruntime-gpu are both installed: into one folder, over each other."""
-    return all(installed_version([name]) for name in ("onnxruntime", "onnxruntime-gpu"))
 
 
 def _jetpack(root: Path) -> str:

@@ -16,8 +16,10 @@ def resize_warning(bundle: Bundle) -> str:
     """
     if bundle.spec.preprocess.fingerprint() == bundle.spec.resized:
         return ""
-    packed = bundle.tools.get("pillow", "of another version")
+    packed = bundle.tools.get("pillow", PIL.__version__)
+    same = packed == PIL.__version__  # in another build, or on another processor
+    there, remedy = ("the one", "") if same else (f"Pillow {packed},", f"; pip install pillow=={packed}")
     return (
-        f"Pillow {PIL.__version__} resizes images otherwise than Pillow {packed}, with which the bundle was packed and "
-        f"its accuracy measured; pip install pillow=={packed}"
+        f"Pillow {PIL.__version__} resizes images otherwise than {there} with which the bundle was packed and its "
+        f"accuracy measured{remedy}"
     )

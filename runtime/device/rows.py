@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..bundle import Bundle
+from ..errors import BundleError, EdgewrightError, WorkspaceError
 from ..specs import EngineInfo
 from .child import answer_of
 from .kept import Kept, KeptEngine, SelfTest
@@ -73,13 +74,18 @@ def kept_row(row: DeviceRow, kept: Kept, engine: KeptEngine) -> DeviceRow:
 
 
 def self_test_row(row: DeviceRow, bundle: Bundle, file: Path, info: EngineInfo, floor: int | None = None) -> DeviceRow:
-    """`row` with what the self-test of the engine in `file` gives, in a new process.
+    """`row` with what the self-test of the engine in `file` gives, in a new process; failed if it gives no answer.
 
-    Raises the `EdgewrightError` that it ends in, where it does not come to an answer.
+    Raises `BundleError` and `WorkspaceError`, which are no fault of the engine.
     """
     task = SelfTestTask(str(bundle.path.absolute()), bundle.sha256, str(file.absolute()), info)
-    test = SelfTest.from_json(answer_of(task.to_json(), f"the self-test of {row.backend} {row.precision}", floor=floor))
-    return _judged(row, file, info, test)
+    try:
+        answer = answer_of(task.to_json(), f"the self-test of {row.backend} {row.precision}", floor=floor)
+    except (BundleError, WorkspaceError):
+        raise
+    except EdgewrightError as error:
+        return replace(row, status="failed", reason_code="run_failed", reason=str(error), path=file, info=info)
+    return _judged(row, file, info, SelfTest.from_json(answer))
 
 
 def _judged(row: DeviceRow, file: Path, info: EngineInfo, test: SelfTest) -> DeviceRow:

@@ -105,6 +105,7 @@ class BuildTask:
             kernels=compiled.kernels,
             profile=compiled.profile,
             versions=compiled.versions,
+            dla=compiled.dla,
         )
 
 
@@ -133,7 +134,7 @@ class SelfTestTask:
             graph = _needed(graph_for(bundle.spec, backend, self.info.precision), backend.name, self.info.precision)
             golden = bundle.golden()
         engine = verified_bytes(Path(self.engine), self.info)
-        with backend.open(engine) as runner:
+        with backend.open(engine, dla=self.info.dla) as runner:
             return asdict(self_tested(runner, self.info, golden.pixels, golden.logits, graph.limits))
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from ..backends import BACKENDS, backend_named
 from ..bundle import Bundle
-from ..errors import BundleError, EdgewrightError, WorkspaceError
 from .cache import cache_folder, locked_cache
-from .kept import Kept, KeptEngine
+from .kept import Kept
 from .opening import opened_bundle
 from .proven import kept_here
 from .rows import DeviceReport, DeviceRow, device_report, self_test_row
@@ -54,19 +53,9 @@ def _tested(bundle: Bundle, kept: Kept, precisions: tuple[str, ...]) -> Iterator
     for engine in kept.engines:
         precision = engine.info.precision
         if precision in (precisions or (precision,)):
-            row = _row(bundle, kept, engine)
-            if row.self_test is not None:
-                kept = kept.with_engine(replace(engine, self_test=row.self_test))
-                kept.write()
+            row = DeviceRow(kept.place.backend, precision, "skipped", "", "")
+            row = self_test_row(row, bundle, kept.folder / engine.file, engine.info)
+            tested = engine.doubted(row.reason) if row.self_test is None else replace(engine, self_test=row.self_test)
+            kept = kept.with_engine(tested)
+            kept.write()
             yield row
-
-
-def _row(bundle: Bundle, kept: Kept, engine: KeptEngine) -> DeviceRow:
-    file = kept.folder / engine.file
-    row = DeviceRow(kept.place.backend, engine.info.precision, "failed", "engine_failed", "", file)
-    try:
-        return self_test_row(row, bundle, file, engine.info)
-    except (BundleError, WorkspaceError):
-        raise  # of the whole run, not of one engine
-    except EdgewrightError as error:
-        return replace(row, reason=str(error))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import BundleError, RollbackError, WorkspaceError
 from ..files import read_json, write_json
+from .cache import OWNER_ONLY
 
 __all__ = ["check_version", "highest_versions", "record_version"]
 
@@ -48,4 +49,4 @@ def record_version(cache: Path, model: str, version: int) -> None:
     """Remembers the version, if it is the highest so far."""
     versions = highest_versions(cache)
     if version > versions.get(model, version - 1):
-        write_json(cache / VERSIONS_FILE, {"schema": SCHEMA, "models": {**versions, model: version}})
+        write_json(cache / VERSIONS_FILE, {"schema": SCHEMA, "models": {**versions, model: version}}, mode=OWNER_ONLY)

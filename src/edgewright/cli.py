@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import io
 import json
 import os
 import sys
@@ -434,6 +435,8 @@ def train(
 
 def main() -> None:
     """Entry point of the `edgewright` command: errors are one line on stderr, or a JSON document with --json."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be text, nor a label of this locale
     try:
         code = _exit_code()
         sys.stdout.flush()

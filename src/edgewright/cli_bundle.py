@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from edgewright.workspace import StageRun
 
 __all__ = ["keygen", "pack", "unpack"]
+
+WIDTH = 80
+KEY_DIGITS = 16  # of a key's fingerprint, for a person; documents have all of them
 
 
 @click.command()
@@ -95,7 +99,8 @@ def unpack(archive: Path, folder: Path | None, require_signature: Path | None, a
     from edgewright.runtime.bundle import BUNDLE_SUFFIX, open_bundle
     from edgewright.runtime.bundle import unpack as unpacked
 
-    path = unpacked(archive, folder or archive.with_suffix(BUNDLE_SUFFIX), require_signature=require_signature)
+    beside = archive.parent / f"{archive.stem}{BUNDLE_SUFFIX}"
+    path = unpacked(archive, folder or beside, require_signature=require_signature)
     with open_bundle(path, require_signature=require_signature) as bundle:
         document = {
             "schema": "edgewright.unpack/1",
@@ -108,7 +113,7 @@ def unpack(archive: Path, folder: Path | None, require_signature: Path | None, a
     if as_json:
         click.echo(json.dumps(document, indent=1))
         return
-    signed = f"signed by {bundle.signed_by}" if bundle.signed_by else "no signature was required"
+    signed = f"signed by {bundle.signed_by[:KEY_DIGITS]}" if bundle.signed_by else "no signature was required"
     click.echo(f"{path}: {bundle.model}, version {bundle.version}, {signed}")
 
 
@@ -148,17 +153,18 @@ def _bundle(packed: Packed) -> dict[str, Any]:
 
 
 def _lines(outcome: Outcome, packed: Packed) -> list[str]:
-    signed = f"signed by {packed.signed_by}" if packed.signed_by else "not signed"
+    signed = f"signed by {packed.signed_by[:KEY_DIGITS]}" if packed.signed_by else "not signed"
     lines = [f"{packed.path}: version {packed.version}, {packed.bytes / 1e6:.1f} MB, {signed}"]
     if packed.archive is not None:
         lines.append(f"{packed.archive}: the same in one file")
     for graph in packed.spec.graphs:
         limits = graph.limits
-        lines.append(
-            f"  {graph.path}: at least {limits.sqnr_db:.1f} dB and {100 * limits.agreement:.1f} % agreement on "
-            f"{packed.spec.golden.images} golden inputs"
+        lines.append(f"  {graph.path}: at least {limits.sqnr_db:.1f} dB and {100 * limits.agreement:.1f} % agreement")
+    lines.append(f"  on {packed.spec.golden.images} golden inputs")
+    for each in packed.left_out:
+        lines += textwrap.wrap(
+            f"no {each.precision} graph: {each.reason}", WIDTH, initial_indent="  ", subsequent_indent="    "
         )
-    lines += [f"  no {each.precision} graph: {each.reason}" for each in packed.left_out]
     if outcome.verdict != "pass":
         lines.append(f"the verdict is {outcome.verdict.upper()}: see edgewright engine")
     return lines

@@ -191,4 +191,5 @@ def _info(
         kernels=compiled.kernels,
         profile=compiled.profile,
         versions=compiled.versions,
+        dla=compiled.dla,
     )

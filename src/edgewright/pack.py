@@ -39,7 +39,7 @@ from edgewright.runtime.bundle.keys import private_key
 from edgewright.runtime.bundle.manifest import Manifest
 from edgewright.runtime.bundle.opening import checked_spec
 from edgewright.runtime.bundle.strict_json import spelled
-from edgewright.runtime.bundle.writing import manifest_of
+from edgewright.runtime.bundle.writing import manifest_of, recover
 from edgewright.runtime.errors import BuildError, BundleError, CalibrationError, QuantizationError, RollbackError
 from edgewright.runtime.files import read_json
 from edgewright.runtime.parity import compare
@@ -285,6 +285,7 @@ def _tools() -> dict[str, str]:
 
 def _version(folder: Path, manifest: Manifest, asked: int | None) -> int:
     """The version to give to what `manifest` lists, after that of the bundle in `folder`, if there is one."""
+    recover(folder)
     if not folder.exists():
         return asked or 1
     try:

@@ -204,8 +204,9 @@ class Proof:
         return backend_named("onnxruntime").open(content, threads=self._context.options.threads)
 
     def _opened(self, row: EngineRow, threads: int) -> Runner:
+        assert row.info is not None
         engine = self._context.workspace.path(str(row.path)).read_bytes()
-        return BACKENDS[row.backend].open(engine, threads=threads)
+        return BACKENDS[row.backend].open(engine, threads=threads, dla=row.info.dla)
 
     def _logits(
         self,

@@ -147,7 +147,7 @@ class FakeBackend(Backend):
         self.builds += 1
         return Compiled(request.onnx, (INPUT,), (OUTPUT,), self.kernels)
 
-    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
         return FakeRunner()
 
 

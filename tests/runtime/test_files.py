@@ -283,3 +283,25 @@ def test_missing_json_and_a_folder_in_its_place_name_the_path(tmp_path: Path) ->
 def test_json_is_what_the_standard_library_reads(tmp_path: Path) -> None:
     files.write_json(tmp_path / "a.json", [1, {"b": 2}])
     assert json.loads((tmp_path / "a.json").read_text()) == [1, {"b": 2}]
+
+
+@pytest.mark.parametrize("mask", [0o000, 0o022, 0o077])
+@pytest.mark.parametrize("status", [files.STATUS, Path("/nowhere")])
+def test_the_umask_is_read_and_where_linux_says_it_never_changed(
+    mask: int, status: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the whole process's: what another thread made in that moment, everybody could write."""
+    before, change = os.umask(mask), os.umask
+    changed: list[int] = []
+
+    def noted(mask: int) -> int:
+        changed.append(mask)
+        return change(mask)
+
+    try:
+        monkeypatch.setattr(files, "STATUS", status)
+        monkeypatch.setattr(os, "umask", noted)
+        assert files.umask() == mask
+    finally:
+        change(before)
+    assert changed == ([] if status.exists() else [0, mask])

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgewright.runtime.backends import BACKENDS
-from edgewright.runtime.device import probes
+from edgewright.runtime.backends import BACKENDS, onnxruntime_providers
 from edgewright.runtime.errors import EngineError
 from textual_graphs import model_of, normal
 
@@ -104,8 +103,18 @@ class FakePackage(ModuleType):
         assert not enable_fallback
         if self.failure is not None:
             raise self.failure
+        for provider in providers:
+            if provider[0] == TENSORRT:
+                _check_switches(provider[1])
         self.sessions.append(FakeSession(self.taken if self.taken is not None else providers, options))
         return self.sessions[-1]
+
+
+def _check_switches(options: dict[str, str]) -> None:
+    """As onnxruntime_pybind_state.cc does for TensorRT; CUDA's own options take 0 and 1 too."""
+    for key, value in options.items():
+        if key.endswith("_enable") and value not in ("True", "true", "False", "false"):
+            raise RuntimeError(f"[ERROR] [TensorRT] The value for the key '{key}' should be 'True' or 'False'.")
 
 
 @pytest.fixture
@@ -140,16 +149,20 @@ def test_a_gpu_runs_every_node_or_none(
 def test_no_engine_comes_from_a_cache_and_fp32_is_fp32(package: FakePackage) -> None:
     ONNXRUNTIME.open(b"graph", provider="tensorrt")
     options = dict(package.sessions[0].providers)
-    assert options[TENSORRT] == {"device_id": "0", "trt_engine_cache_enable": "0", "trt_timing_cache_enable": "0"}
+    assert options[TENSORRT] == {
+        "device_id": "0",
+        "trt_engine_cache_enable": "False",
+        "trt_timing_cache_enable": "False",
+    }
     assert options[CUDA]["use_tf32"] == "0"
 
 
 def test_a_package_without_the_provider(package: FakePackage, monkeypatch: pytest.MonkeyPatch) -> None:
     package.available = [CPU]
-    monkeypatch.setattr(probes, "two_onnxruntimes", lambda: False)
+    monkeypatch.setattr(onnxruntime_providers, "two_onnxruntimes", lambda: False)
     with pytest.raises(EngineError, match=r"without CUDAEx.*: onnxruntime-gpu is not installed; .*'edgewright\[gpu\]'"):
         ONNXRUNTIME.open(b"graph", provider="cuda")
-    monkeypatch.setattr(probes, "two_onnxruntimes", lambda: True)
+    monkeypatch.setattr(onnxruntime_providers, "two_onnxruntimes", lambda: True)
     with pytest.raises(EngineError, match=r"installed over each other, and Tensorrt.* is gone; pip uninstall -y onnx"):
         ONNXRUNTIME.open(b"graph", provider="tensorrt")
     assert package.sessions == []
@@ -323,3 +336,12 @@ def test_a_gpu_agrees_with_the_processor(with_gpu_package: Callable[[str], Ran],
         pytest.skip(ran.error)
     assert ran.outputs is not None
     np.testing.assert_allclose(ran.outputs, outputs_here(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_session_does_not_keep_the_serialized_graph() -> None:
+    """With it every session would take more memory by its graph, which is loaded already."""
+    kept = graph()
+    before = sys.getrefcount(kept)
+    with ONNXRUNTIME.open(kept) as runner:
+        assert sys.getrefcount(kept) == before
+        assert runner.infer({"x": IMAGES})["y"].shape == (7, 5), "and it still runs"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgewright.runtime import SessionPool
+from edgewright.runtime import Session, SessionPool
 from edgewright.runtime.errors import ClosedError, DataError, EngineError
 from toy_build import PREPROCESS, expected_logits, normal, photograph, put_engine
 
@@ -106,6 +106,19 @@ def test_a_session_comes_back_after_an_error_too(build: Path) -> None:
             pool.infer(np.zeros((1, 3, 8, 8)))
         with pytest.raises(DataError, match="top is 0"):
             pool.classify([photograph()], top=0)
+        assert len(pool.classify([photograph()])) == 1
+
+
+def test_a_session_comes_back_when_waiting_for_it_is_interrupted(build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: Session) -> None:
+        raise KeyboardInterrupt
+
+    with SessionPool(build, size=1) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "drop", interrupted)
+            with pytest.raises(KeyboardInterrupt), pool.session():
+                pass
+        assert len(vars(pool)["_idle"]) == 1  # or the next line would wait for ever
         assert len(pool.classify([photograph()])) == 1
 
 

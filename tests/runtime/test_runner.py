@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,10 +14,11 @@ import pytest
 
 from edgewright.runtime.backends import BACKENDS
 from edgewright.runtime.backends.runner import Counters, Runner
+from edgewright.runtime.cuda.interchange import DeviceArray, exchanged
 from edgewright.runtime.errors import ClosedError, EngineError, InputError
 from edgewright.runtime.preprocess import Preprocess
 from edgewright.runtime.specs import TensorSpec
-from tensorrt_graphs import graph, normal
+from tensorrt_graphs import graph, normal, serialized
 
 INPUT, OUTPUT = TensorSpec("x", (None, 3), "float32"), TensorSpec("y", (None, 3), "float32")
 
@@ -225,6 +227,26 @@ def _request(content: bytes) -> Any:
     return BuildRequest(content, "fp32", ())
 
 
+# --- types -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("word", "dtype"), [("int64", "int64"), ("uint8", "uint8"), ("double", "float64")])
+def test_onnxruntime_takes_the_types_that_numpy_has(word: str, dtype: str) -> None:
+    content = serialized("[y] y = Cast <to = 1> (x)", {}, f"{word}[N, 2] x", "float[N, 2] y")
+    with BACKENDS["onnxruntime"].open(content) as runner:
+        assert runner.inputs == (TensorSpec("x", (None, 2), dtype),)
+        given = np.array([[1, 2]], dtype)
+        np.testing.assert_array_equal(runner.infer({"x": given})["y"], given.astype(np.float32))
+        with pytest.raises(InputError, match=f"'x' is int32, expected {dtype}; convert it"):
+            runner.infer({"x": given.astype(np.int32)})
+
+
+def test_a_type_that_numpy_lacks_is_refused() -> None:
+    content = serialized("[y] y = Cast <to = 1> (x)", {}, "bfloat16[N, 2] x", "float[N, 2] y")
+    with pytest.raises(EngineError, match="the engine's 'x' is bfloat16, a type that numpy does not have; export"):
+        BACKENDS["onnxruntime"].open(content)
+
+
 # --- preprocessing on the device ---------------------------------------------------------------------------------
 
 
@@ -268,7 +290,12 @@ def test_a_torch_tensor_is_taken_without_a_copy() -> None:
     with FakeRunner() as runner:
         np.testing.assert_array_equal(runner.infer({"x": tensor})["y"], rows(2, 2))
         assert runner.given[0].ctypes.data == tensor.data_ptr()
-        for unfit in (torch.ones(2, 3, requires_grad=True), torch.ones(2, 3, dtype=torch.bfloat16)):
+        unfits = (
+            torch.ones(2, 3, requires_grad=True),
+            torch.ones(2, 3, dtype=torch.bfloat16),
+            torch.ones(2, 3, device="meta"),
+        )
+        for unfit in unfits:
             with pytest.raises(InputError, match=r"'x' cannot be taken over: .*; give it as a numpy array"):
                 runner.infer({"x": unfit})
         with pytest.raises(InputError, match="'x' is float64, expected float32"):
@@ -294,9 +321,9 @@ class OnGpu:
     [
         (
             lambda: Lender(rows(1), (2, 0)),
-            r"'x' lies on the GPU, the engine runs on the processor; copy it .*\.cpu\(\)",
+            r"'x' lies on the GPU, the engine takes it from the processor; copy it .*\.cpu\(\)",
         ),
-        (OnGpu, r"'x' lies on the GPU, the engine runs on the processor; copy it .*\.cpu\(\)"),
+        (OnGpu, r"'x' lies on the GPU, the engine takes it from the processor; copy it .*\.cpu\(\)"),
         (lambda: Lender(rows(1), (10, 0)), "'x' lies on a device of DLPack's type 10; copy it to the processor"),
         (lambda: Lender(rows(1)[:, :2]), r"has shape \[1, 2\], expected \[N, 3\]"),
         (lambda: Lender(rows(1).astype(np.float16)), "'x' is float16, expected float32"),
@@ -305,6 +332,56 @@ class OnGpu:
 def test_what_does_not_fit_says_what_to_do(given: Callable[[], Any], message: str) -> None:
     with FakeRunner() as runner, pytest.raises(InputError, match=message):
         runner.infer({"x": given()})
+
+
+@dataclass
+class Interface:
+    """Claims to lie on a GPU, in a layout."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    mask: object = None
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {"typestr": "<f4", "data": (4096, False), "version": 3, **vars(self)}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (Interface((2, 3), None), ""),
+        (Interface((2, 3), (12, 4)), ""),
+        (Interface((1, 3), (999, 4)), ""),  # the stride of an axis of length 1 means nothing
+        (Interface((2, 3), (24, 4)), "is not contiguous"),
+        (Interface((2, 3), (4, 8)), "is not contiguous"),
+        (Interface((2, 3), (0, 4)), "is not contiguous"),
+        (Interface((2, 3), None, mask=object()), "has a mask; give the values alone"),
+    ],
+)
+def test_a_layout_on_the_gpu(given: Interface, message: str) -> None:
+    if message:
+        with pytest.raises(InputError, match=message):
+            exchanged("x", given, 5)
+        return
+    found = exchanged("x", given, 5)
+    assert isinstance(found, DeviceArray)
+    assert (found.address, found.shape, found.nbytes, found.owner) == (4096, given.shape, 12 * given.shape[0], given)
+
+
+class Versioned:
+    """Claims to lie on a GPU, and gives the capsule of DLPack 1.0, for which it was not asked."""
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, 0
+
+    def __dlpack__(self, *, stream: int) -> Any:
+        return rows(2).__dlpack__(max_version=(1, 0))
+
+
+def test_a_capsule_of_another_version_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'x' cannot be taken over: .*incorrect name; give it as a numpy array"):
+        exchanged("x", Versioned(), 5)
 
 
 def test_strided_arrays_are_copied() -> None:

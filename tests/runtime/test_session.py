@@ -208,6 +208,10 @@ DAMAGES: dict[str, tuple[Callable[[str], str], str]] = {
     "no labels": (lambda text: text.replace('"labels"', '"names"'), "does not describe an engine"),
     "labels a number": (lambda text: json.dumps(json.loads(text) | {"labels": 3}), "does not describe an engine"),
     "layers of another kind": (lambda text: json.dumps(json.loads(text) | {"layers": [{"a": 1}]}), "does not describe"),
+    "no outputs": (lambda text: json.dumps(json.loads(text) | {"outputs": []}), "does not describe an engine"),
+    "a backend of another kind": (lambda text: json.dumps(json.loads(text) | {"backend": [1]}), "does not describe"),
+    "half a letter": (lambda text: json.dumps(json.loads(text) | {"labels": ["\ud800"]}), "does not describe"),
+    "nested without end": (lambda text: "[" * 100_000, "no description of the engine: .* is not valid JSON"),
     "preprocessing a word": (lambda text: json.dumps(json.loads(text) | {"preprocess": "x"}), "does not describe"),
 }
 

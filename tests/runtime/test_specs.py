@@ -70,7 +70,7 @@ def test_engine_info_round_trip(target: str | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [field.name for field in dataclasses.fields(EngineInfo) if field.name not in ("versions",)]
+    "field", [field.name for field in dataclasses.fields(EngineInfo) if field.name not in ("versions", "dla")]
 )
 def test_every_field_counts_and_is_needed(field: str) -> None:
     content = through_json(INFO.to_json())
@@ -80,6 +80,13 @@ def test_every_field_counts_and_is_needed(field: str) -> None:
     content[field] = [] if isinstance(removed, list) else "other"
     if field not in ("preprocess", "profile"):
         assert EngineInfo.from_json(content) != INFO
+
+
+def test_an_engine_of_before_has_no_dla_core() -> None:
+    content = through_json(dataclasses.replace(INFO, dla=1).to_json())
+    assert EngineInfo.from_json(content).dla == 1
+    del content["dla"]
+    assert EngineInfo.from_json(content).dla is None
 
 
 @pytest.mark.parametrize("profile", [None, BatchProfile(2, 2, 2)])

@@ -172,9 +172,11 @@ class Runtime(Part):
     "Runtime"
 
     engine_host_code_allowed = True
+    DLA_core = -1  # not set
 
     def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
         assert self.engine_host_code_allowed is False
+        self._trt.calls.append(("load", self.DLA_core))
         if "load" in self._trt.faults or content != PLAN:
             self._trt.say(self._logger, "the engine plan file is not compatible")
             return None
@@ -286,6 +288,7 @@ def test_the_order_of_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
         ("limit", "WORKSPACE", 1 << 20),
         ("cache", b"earlier"),
         "build",
+        ("load", -1),
     ]
 
 
@@ -314,7 +317,8 @@ def test_dla(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BuildError, match="the DLA takes one batch size, given were 1 to 32; give the same"):
         TENSORRT.compile(asked(dla=1))
     assert "build" not in trt.calls
-    TENSORRT.compile(asked(dla=1, profile=BatchProfile(4, 4, 4)))
+    assert TENSORRT.compile(asked(dla=1, profile=BatchProfile(4, 4, 4))).dla == 1
+    assert ("load", 1) in trt.calls, "the engine is read back on the core that it is for"
     assert trt.settings["default_device_type"].name == "DLA"
     assert trt.settings["DLA_core"] == 1
     assert ("set_flag", "GPU_FALLBACK") in trt.calls
@@ -409,5 +413,11 @@ def test_a_real_engine_agrees_with_onnxruntime(precision: str, tolerance: float)
         runner.submit({"x": images[4:]})
         for part in (wanted[:4], wanted[4:]):
             np.testing.assert_allclose(runner.result()["y"], part, atol=tolerance)
+        torch = pytest.importorskip("torch")
+        if not torch.cuda.is_available():
+            pytest.skip("PyTorch finds no CUDA GPU here, to lend a tensor from")
+        for turn in range(4):  # made in torch's stream just before
+            lent = torch.from_numpy(images).cuda() * 2**turn / 2**turn
+            np.testing.assert_allclose(runner.infer({"x": lent})["y"], wanted, atol=tolerance)
     with pytest.raises(EngineError, match="cannot load the engine"):
         TENSORRT.open(built.compiled.engine[:1000])

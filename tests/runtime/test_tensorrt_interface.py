@@ -103,7 +103,7 @@ USED: dict[str, tuple[str, ...]] = {
     "OnnxParser": ("get_error", "num_errors", "parse"),
     "ParserError": ("desc", "node_name", "node_operator"),
     "ProfilingVerbosity": ("DETAILED",),
-    "Runtime": ("deserialize_cuda_engine", "engine_host_code_allowed"),
+    "Runtime": ("DLA_core", "deserialize_cuda_engine", "engine_host_code_allowed"),
     "TensorIOMode": ("INPUT",),
 }
 

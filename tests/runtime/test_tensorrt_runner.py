@@ -13,7 +13,9 @@ import pytest
 from edgewright.runtime.backends.runner import Counters
 from edgewright.runtime.backends.tensorrt_engine import LoadedEngine
 from edgewright.runtime.backends.tensorrt_runner import TensorRtRunner
+from edgewright.runtime.backends.tensorrt_slot import Slot
 from edgewright.runtime.cuda import open_driver
+from edgewright.runtime.cuda.cuda_python import CudaPython
 from edgewright.runtime.errors import (
     ClosedError,
     DeviceError,
@@ -23,7 +25,7 @@ from edgewright.runtime.errors import (
     InputError,
 )
 from edgewright.runtime.specs import TensorSpec
-from gpu_tensors import DlpackTensor, InterfaceTensor, lent
+from gpu_tensors import DefaultStreamTensor, DlpackTensor, InterfaceTensor, lent
 from host_cuda import HostCuda
 from stand_in_runs import DRIVERS, GRAPH, LARGEST, SMALLEST, images, opened, reference, stand_in
 from stand_in_tensorrt import StandInTensorRt
@@ -108,6 +110,49 @@ def test_a_fixed_batch_is_filled_up_and_split(trt: StandInTensorRt, driver: str)
             runner.infer({"x": images(4)})
 
 
+def two_inputs(second: str) -> bytes:
+    return serialized("[add] y = Add (a, b)", {}, f"float[N, 4] a, float{second} b", "float[N, 4] y")
+
+
+def test_several_inputs_are_split_alike(trt: StandInTensorRt, driver: str) -> None:
+    first, second = (images(19, seed)[:, :4, 0, 0] for seed in range(2))
+    with opened(trt, driver, two_inputs("[N, 4]")) as runner:
+        np.testing.assert_array_equal(runner.infer({"a": first, "b": second})["y"], first + second)
+        for call in (runner.infer, runner.submit):
+            with pytest.raises(InputError, match="differ in their number of images: 'a' has 19, 'b' has 18; give"):
+                call({"a": first, "b": second[1:]})
+        np.testing.assert_array_equal(runner.infer({"a": first, "b": second})["y"], first + second)
+
+
+UNFIT = {
+    "a fixed input": (two_inputs("[1, 4]"), r"'b' has the shape \[1, 4\]; the first axis must be the batch"),
+    "a number": (two_inputs("[]"), r"'b' has the shape \[\]; the first axis must be the batch"),
+    "another dynamic axis": (
+        serialized("[y] y = Abs (x)", {}, "float[N, W] x", "float[N, W] y"),
+        r"'x' has the shape \[N, N\]; the first axis must be the batch",
+    ),
+    "an output of another length": (
+        serialized("[y] y = Reshape (x, s)", {"s": np.array([-1, 2])}, "float[N, 4] x", "float[M, 2] y"),
+        rf"'y' has the shape \[{2 * LARGEST}, 2\] for {LARGEST} images; its first axis must be the batch",
+    ),
+    "an output that depends on values": (
+        serialized("[y] y = Compress <axis = 1> (x, c)", {"c": np.array([True])}, "float[N, 4] x", "float[N, M] y"),
+        "the shape of 'y' depends on its values",
+    ),
+    "bfloat16": (
+        serialized("[y] y = Cast <to = 16> (x)", {}, "float[N, 4] x", "bfloat16[N, 4] y"),
+        "the engine's 'y' is bfloat16, a type that numpy does not have; export the model with float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_tensors_that_are_no_batches_are_refused(trt: StandInTensorRt, kind: str) -> None:
+    content, message = UNFIT[kind]
+    with pytest.raises(EngineError, match=message):
+        opened(trt, engine=content)
+
+
 # --- graphs ------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +183,27 @@ def test_a_driver_without_graphs_runs_without(host_cuda: HostCuda, trt: StandInT
     with opened(trt, driver, captures=False) as runner:
         check(runner, 4, 4, 4)
     assert host_cuda.calls("cuStreamBeginCapture") == 0
+
+
+def test_capturing_is_not_counted_as_computing(
+    trt: StandInTensorRt, host_cuda: HostCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(trt) as runner:
+        marks: list[tuple[int, int]] = []
+        captured = CudaPython.captured
+
+        def noted(self: Any, *arguments: Any) -> int:
+            before = host_cuda.calls("cuEventRecord")
+            graph = captured(self, *arguments)
+            marks.append((before, host_cuda.calls("cuEventRecord")))
+            return graph
+
+        check(runner, 4)
+        a_batch = host_cuda.calls("cuEventRecord")
+        monkeypatch.setattr(CudaPython, "captured", noted)
+        check(runner, 4)
+        # of the five marks of a batch two are about the copy to the device, three about the rest
+        assert marks == [(a_batch + 2, a_batch + 2)]
 
 
 # --- two in flight -----------------------------------------------------------------------------------------------
@@ -193,6 +259,23 @@ def test_an_error_comes_out_of_the_result_of_its_batch(trt: StandInTensorRt, run
     check(runner, 4)
 
 
+def test_an_interrupted_batch_is_waited_for(
+    host_cuda: HostCuda, trt: StandInTensorRt, runner: TensorRtRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Slot) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Slot, "_compute", interrupted)
+        waits = host_cuda.calls("cuStreamSynchronize")
+        for call in (runner.submit, runner.infer):
+            with pytest.raises(KeyboardInterrupt):
+                call({"x": images(4)})
+    assert host_cuda.calls("cuStreamSynchronize") == waits + 4  # or the copy might read what its owner has freed
+    check(runner, 4, 4, 4)
+    assert trt.live["Context"] == 1  # the slot is used again
+
+
 def test_closing_with_batches_in_flight_frees_all(trt: StandInTensorRt, driver: str) -> None:
     runner = opened(trt, driver)
     runner.submit({"x": images(4)})
@@ -221,7 +304,7 @@ def test_memory_is_shared_on_an_integrated_gpu(host_cuda: HostCuda, trt: StandIn
 
 
 @pytest.mark.parametrize("integrated", [False, True])
-@pytest.mark.parametrize("kind", [DlpackTensor, InterfaceTensor])
+@pytest.mark.parametrize("kind", [DlpackTensor, InterfaceTensor, DefaultStreamTensor])
 @pytest.mark.parametrize("batch", [1, 4, 19])
 def test_data_on_the_gpu_is_used_there(
     host_cuda: HostCuda, trt: StandInTensorRt, driver: str, kind: Any, batch: int, integrated: bool
@@ -322,6 +405,14 @@ def test_counters_come_from_the_streams(runner: TensorRtRunner) -> None:
         assert 0 < milliseconds < 5000
 
 
+def test_what_the_engine_takes_is_computing_alone(trt: StandInTensorRt, runner: TensorRtRunner) -> None:
+    trt.faults["slow"] = 0.05
+    check(runner, 4, 17)  # one run, and three
+    counters = runner.counters
+    assert 200 <= counters.compute_ms < 5000
+    assert counters.copy_in_ms + counters.copy_out_ms < 200
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -396,6 +487,14 @@ def test_after_closing_nothing_is_called(host_cuda: HostCuda, trt: StandInTensor
         with pytest.raises(ClosedError, match="the engine is closed; open it again"):
             call()
     assert host_cuda.total_calls() == calls
+
+
+@pytest.mark.parametrize(("dla", "core"), [(None, -1), (1, 1)])
+def test_an_engine_for_a_dla_is_loaded_on_its_core(
+    trt: StandInTensorRt, driver: str, dla: int | None, core: int
+) -> None:
+    LoadedEngine(trt, GRAPH, open_driver(driver), dla=dla).release()  # type: ignore[arg-type]
+    assert trt.cores == [core]
 
 
 def test_a_loaded_engine_goes_with_its_last_user(trt: StandInTensorRt, driver: str) -> None:

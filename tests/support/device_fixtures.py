@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 @pytest.fixture
 def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundles:
     """Makes toy bundles; nothing waits for the disk, which was the most of their time."""
-    from fake_gpu import named_graphs
     from toy_bundle import toy_bundle
 
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
     def make(name: str = "toy.bundle", **changes: Any) -> Path:
-        return toy_bundle(tmp_path / name, spec_changes={"graphs": named_graphs()}, **changes)
+        return toy_bundle(tmp_path / name, **changes)
 
     return make
 

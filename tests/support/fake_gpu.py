@@ -5,29 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from edgewright.runtime.backends import Absence, Backend, BuildRequest, Compiled, Runner
 from edgewright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from edgewright.runtime.cuda.driver import Device
 from edgewright.runtime.specs import Kernel
-from toy_bundle import spec, toy_files
+from toy_bundle import toy_files
 
-__all__ = ["ORIN", "Bundles", "FakeGpu", "named_graphs"]
+__all__ = ["ORIN", "Bundles", "FakeGpu"]
 
 ORIN = Device("Orin", "sm87", "12.6", integrated=True, memory=8 << 30)
-ALIASES = {"conv": ("c", "relu", "r"), "head": ("y", "g")}
 Bundles = Callable[..., Path]
 """Makes toy bundles: `bundles(name, files=…, version=…)`."""
-
-
-def named_graphs() -> list[dict[str, Any]]:
-    """The graphs of `spec.json`, with the names that onnxruntime gives the layers."""
-    named = []
-    for graph in spec().to_json()["graphs"]:
-        planned = [{**layer, "aliases": ALIASES[layer["name"]]} for layer in graph["planned"]]
-        named.append({**graph, "planned": planned})
-    return named
 
 
 @dataclass
@@ -47,6 +36,7 @@ class FakeGpu(Backend):
     release: str = "10.3.0"
     requests: list[BuildRequest] = field(default_factory=list)
     loaded: list[bytes] = field(default_factory=list)
+    cores: list[int | None] = field(default_factory=list)
 
     def absence(self) -> Absence | None:
         return self.missing
@@ -60,9 +50,15 @@ class FakeGpu(Backend):
         kernels = tuple(Kernel(layer.name, "", (layer.name,), layer.precision) for layer in request.planned)
         word = self.marks.pop(0).encode()
         return replace(
-            compiled, engine=word + b"|" + self.graph, kernels=kernels, profile=request.profile, timing_cache=word
+            compiled,
+            engine=word + b"|" + self.graph,
+            kernels=kernels,
+            profile=request.profile,
+            timing_cache=word,
+            dla=request.dla,
         )
 
-    def open(self, engine: bytes, *, threads: int = 0, provider: str = "") -> Runner:
+    def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
         self.loaded.append(engine)
+        self.cores.append(dla)
         return OnnxRuntimeBackend().open(engine.partition(b"|")[2], threads=threads)

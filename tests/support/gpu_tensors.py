@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from edgewright.runtime.cuda import open_driver
 from edgewright.runtime.cuda.driver import CudaDriver
 
-__all__ = ["DlpackTensor", "InterfaceTensor", "lent"]
+__all__ = ["DefaultStreamTensor", "DlpackTensor", "InterfaceTensor", "lent"]
 
 GPU = 2  # kDLCUDA
+OFFSET = 64  # bytes
+LEGACY = 1  # CU_STREAM_LEGACY
 
 
 class _DeviceTensor:
@@ -30,7 +32,7 @@ class _DeviceTensor:
         self._driver = driver
         self._lent: list[weakref.ref[NDArray[Any]]] = []
         self.address = driver.allocate(array.nbytes)
-        self.stream = driver.create_stream()
+        self.stream = self._own_stream()
         self._event = driver.create_event()
         self._pinned = driver.allocate_pinned(array.nbytes)
         ctypes.memmove(self._pinned.address, self.array.ctypes.data, array.nbytes)
@@ -41,7 +43,11 @@ class _DeviceTensor:
         self._driver.free(self.address)
         self._driver.free_pinned(self._pinned)
         self._driver.destroy_event(self._event)
-        self._driver.destroy_stream(self.stream)
+        if self.stream != LEGACY:
+            self._driver.destroy_stream(self.stream)
+
+    def _own_stream(self) -> int:
+        return self._driver.create_stream()
 
 
 class DlpackTensor(_DeviceTensor):
@@ -56,7 +62,10 @@ class DlpackTensor(_DeviceTensor):
         return self.device
 
     def __dlpack__(self, *, stream: int | None = None) -> Any:
-        """The consumer's stream is made to wait, as the protocol asks of a producer."""
+        """The consumer's stream is made to wait, as the protocol asks of a producer.
+
+        The data begins behind an offset; strides are left out every other time, if the data is contiguous.
+        """
         assert stream is not None
         with self._driver.current():
             self._driver.record(self._event, self.stream)
@@ -65,8 +74,11 @@ class DlpackTensor(_DeviceTensor):
         capsule = lent.__dlpack__()
         self._lent.append(weakref.ref(lent))
         place = _pointer_of(capsule, b"dltensor")
-        ctypes.c_void_p.from_address(place).value = self.address  # DLTensor.data
-        ctypes.c_int32.from_address(place + ctypes.sizeof(ctypes.c_void_p)).value = self.device[0]
+        ctypes.c_void_p.from_address(place).value = self.address - OFFSET  # DLTensor.data
+        ctypes.c_int32.from_address(place + 8).value = self.device[0]
+        ctypes.c_uint64.from_address(place + 40).value = OFFSET  # .byte_offset
+        if lent.flags.c_contiguous and len(self._lent) % 2:
+            ctypes.c_void_p.from_address(place + 32).value = None  # .strides
         return capsule
 
     @property
@@ -83,10 +95,11 @@ class InterfaceTensor(_DeviceTensor):
         return {**content, "data": (self.address, False), "stream": self.stream, "version": 3}
 
 
-def _weak(array: NDArray[Any]) -> Any:
-    import weakref
+class DefaultStreamTensor(InterfaceTensor):
+    """Its data comes in CUDA's default stream, as that of most libraries does; the interface calls it 1."""
 
-    return weakref.ref(array)
+    def _own_stream(self) -> int:
+        return LEGACY
 
 
 @contextmanager

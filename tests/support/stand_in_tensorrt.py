@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
@@ -24,8 +25,9 @@ import onnxruntime
 __all__ = ["RtxConfig", "StandInTensorRt"]
 
 INTERFACES = Path(__file__).parents[1] / "runtime" / "interfaces"
-TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF"}
+TYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(bfloat16)": "BF16"}
 DTYPES = {"FLOAT": np.float32, "HALF": np.float16}
+ALIGNMENT = 256  # of addresses, in bytes, as IExecutionContext::setTensorAddress asks for
 Callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -43,8 +45,9 @@ class StandInTensorRt:
     """The package of one release: "10.3" … "11.4" of TensorRT, or "rtx-1.7".
 
     * batches: smallest, optimal and largest batch of every engine's profile
-    * faults: what is to fail: "load", "context", "shape", "address", "run"
+    * faults: what is to fail: "load", "context", "shape", "address", "run"; "slow": as many seconds each run takes
     * problems: what was done wrong; live: how many objects of each class there are
+    * cores: the DLA core of each engine that was loaded, -1 for none
     * executions: how often an engine ran; strategies: how TensorRT-RTX's contexts were told to capture CUDA graphs
     """
 
@@ -56,6 +59,7 @@ class StandInTensorRt:
         faults: Mapping[str, Any] | None = None,
     ) -> None:
         self.__version__ = f"{release.removeprefix('rtx-')}.0"
+        self.cores: list[int] = []
         self.cuda, self.batches, self.faults = cuda, batches, dict(faults or {})
         self.problems: list[str] = []
         self.live: dict[str, int] = {}
@@ -135,9 +139,11 @@ class Runtime(Part):
     "Runtime"
 
     engine_host_code_allowed = True
+    DLA_core = -1  # not set
 
     def deserialize_cuda_engine(self, content: bytes) -> Any:
         assert self.engine_host_code_allowed is False
+        self._trt.cores.append(self.DLA_core)
         try:
             if "load" in self._trt.faults:
                 raise ValueError(self._trt.faults["load"])
@@ -157,6 +163,7 @@ class Engine(Part):
         self._inputs = {value.name: value for value in session.get_inputs()}
         self._outputs = {value.name: value for value in session.get_outputs()}
         self._tensors = {**self._inputs, **self._outputs}
+        self._output_shapes: dict[Any, dict[str, tuple[int, ...]]] = {}
 
     @property
     def num_io_tensors(self) -> int:
@@ -179,6 +186,16 @@ class Engine(Part):
         assert name in self._inputs
         assert index == 0
         return [(batch, *self.get_tensor_shape(name)[1:]) for batch in self._trt.batches]
+
+    def _shapes_of_outputs(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """For inputs of those shapes; what depends on their values is that for zeros."""
+        key = tuple(shapes.items())
+        if key not in self._output_shapes:
+            dtypes = {name: np.dtype(DTYPES[self.get_tensor_dtype(name).name]) for name in shapes}
+            zeros = {name: np.zeros(shape, dtypes[name]) for name, shape in shapes.items()}
+            results = self._session.run(None, zeros)
+            self._output_shapes[key] = {name: found.shape for name, found in zip(self._outputs, results, strict=True)}
+        return self._output_shapes[key]
 
     def create_execution_context(self, config: Any = None) -> Any:
         strategy = getattr(config, "cuda_graph_strategy", None)
@@ -223,10 +240,13 @@ class Context(Part):
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         if name in self._shapes:
             return self._shapes[name]
-        batch = next(iter(self._shapes.values()))[0]
-        return tuple(batch if side == -1 else side for side in self._engine.get_tensor_shape(name))
+        declared = self._engine.get_tensor_shape(name)
+        known = -1 not in declared[1:] and len(self._shapes) == len(self._engine._inputs)
+        return self._engine._shapes_of_outputs(self._shapes)[name] if -1 in declared and known else declared
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        if address % ALIGNMENT:
+            self._trt.problems.append(f"the address of {name} is not aligned: {address}")
         self._addresses[name] = address
         return "address" not in self._trt.faults
 
@@ -275,6 +295,7 @@ class Run:
             if context._shapes != self._shapes:
                 trt.problems.append(f"ran for {self._shapes}, but the context is set to {context._shapes}")
             trt.executions += 1
+            time.sleep(trt.faults.get("slow", 0))
             for view, result in zip(self._outputs, self._session.run(None, self._inputs), strict=True):
                 view[...] = result
         except Exception as error:  # must not leave a callback

@@ -52,6 +52,7 @@ def toy_bundle(
     spec_changes: Mapping[str, Any] | None = None,
     version: int = 1,
     model: str = "toy",
+    tools: Mapping[str, str] | None = None,
     signing_key: Path | None = None,
 ) -> Path:
     """Writes a valid bundle into `folder` (which must not exist) and returns it.
@@ -68,7 +69,9 @@ def toy_bundle(
         if change is not None:
             content[path] = change
     with mock.patch("os.fsync"):  # which takes longer than all the rest
-        write_bundle(folder, content, version=version, model=model, tools={"edgewright": "0"}, signing_key=signing_key)
+        write_bundle(
+            folder, content, version=version, model=model, tools=tools or {"edgewright": "0"}, signing_key=signing_key
+        )
     return folder
 
 
@@ -160,8 +163,9 @@ def _graph(precision: str) -> bytes:
 def _planned(precision: str) -> tuple[PlannedLayer, ...]:
     """In INT8 the convolution alone."""
     rest = "fp16" if precision == "int8" else precision
+    aliases = {"conv": ("c", "relu", "r"), "head": ("y" if precision == "fp32" else "g",)}
     return tuple(
-        PlannedLayer(name, operator, precision if name == "conv" else rest, macs)
+        PlannedLayer(name, operator, precision if name == "conv" else rest, macs, aliases[name])
         for name, (operator, macs) in WORK.items()
     )
 

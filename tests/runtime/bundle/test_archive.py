@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from edgewright.runtime.bundle import KeyPair, is_bundle, open_bundle, unpack, write_archive, write_key_pair
+from edgewright.runtime.bundle.archive import manifest_sha256
 from edgewright.runtime.bundle.manifest import MAGIC, MOST_MANIFEST_BYTES, FileEntry, Manifest
 from edgewright.runtime.bundle.signature import MOST_ENVELOPE_BYTES
 from edgewright.runtime.errors import BundleError, SignatureError
@@ -72,6 +73,17 @@ def test_the_container_is_as_documented(archive: Path) -> None:
     assert is_bundle(archive)
 
 
+def test_an_archive_says_which_bundle_it_is(archive: Path, tmp_path: Path) -> None:
+    manifest = (archive.with_suffix(".bundle") / "manifest.json").read_bytes()
+    assert manifest_sha256(archive) == sha256_of(manifest)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "other").write_bytes(b"PK\x03\x04" + bytes(99))
+    (tmp_path / "cut").write_bytes(archive.read_bytes()[:99])
+    for name in ("missing", "pipe", "toy.bundle", "other", "cut"):
+        with pytest.raises(BundleError):
+            manifest_sha256(tmp_path / name)
+
+
 def test_an_unsigned_archive_has_no_envelope(tmp_path: Path, pair: KeyPair) -> None:
     write_archive(toy_bundle(tmp_path / "toy.bundle"), tmp_path / "toy.edgewright")
     assert (tmp_path / "toy.edgewright").read_bytes()[12:16] == bytes(4)
@@ -91,9 +103,9 @@ def test_a_bundle_that_does_not_open_is_not_put_into_one_file(tmp_path: Path) ->
 def test_an_existing_target_is_left_alone(archive: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "dangling").symlink_to("nowhere")
-    for name in ("empty", "dangling", "toy.bundle", "toy.edgewright"):
+    for folder in (*map(tmp_path.joinpath, ("empty", "dangling", "toy.bundle", "toy.edgewright")), Path(), Path("/")):
         with pytest.raises(BundleError, match="exists"):
-            unpack(archive, tmp_path / name)
+            unpack(archive, folder)
     assert list((tmp_path / "empty").iterdir()) == []
 
 
@@ -104,7 +116,7 @@ def test_a_folder_in_no_folder_is_refused(archive: Path, tmp_path: Path) -> None
 
 def test_what_is_no_archive_is_refused(archive: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    cases = {"missing": "cannot open", "pipe": "no regular file", "toy.bundle": "no regular file"}
+    cases = {"missing": "cannot open", "pipe": "no regular file", "toy.bundle": "toy.bundle is a folder"}
     for name, reason in cases.items():
         with pytest.raises(BundleError, match=reason):
             unpack(tmp_path / name, tmp_path / "out")

@@ -131,6 +131,10 @@ FILE = {"path": "a", "bytes": 1, "sha256": DIGEST}
         ({"version": "1"}, "version is '1'"),
         ({"tools": ["x"]}, "tools are"),
         ({"tools": {"x": 1}}, "tools are"),
+        ({"tools": {"pillow": "12; rm -r"}}, "tools are"),
+        ({"tools": {"pillow": "\x1b[2J"}}, "tools are"),
+        ({"tools": {"x y": "1"}}, "tools are"),
+        ({"tools": {"x": "1" * 101}}, "tools are"),
         ({"files": {}}, "files are"),
         ({"files": []}, "lists 0 files"),
         ({"files": [FILE] * 65}, "lists 65 files"),
@@ -149,6 +153,28 @@ FILE = {"path": "a", "bytes": 1, "sha256": DIGEST}
 def test_a_field_of_another_kind_is_refused(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(BundleError, match=reason):
         Manifest.parse(changed(**fields))
+
+
+@pytest.mark.parametrize("opened", ["[", '{"a":'])
+@pytest.mark.parametrize(("levels", "refused"), [(31, False), (32, True), (500, True), (100_000, True)])
+def test_nesting_ends_before_any_python_does(opened: str, levels: int, refused: bool) -> None:
+    content = '{"x":' + opened * levels + "0" + ("]" if opened == "[" else "}") * levels + "}"
+    if refused:
+        with pytest.raises(BundleError, match="it is nested too deeply"):
+            parsed(content.encode(), "it")
+    else:
+        assert parsed(content.encode(), "it").keys() == {"x"}
+
+
+def test_a_document_is_no_larger_than_can_be_parsed() -> None:
+    assert Manifest.parse(with_files("spec.json", size=8 << 20)).files[0].bytes == 8 << 20
+    with pytest.raises(BundleError, match=r"size of a/b\.json is 8388609, expected 0 to 8388608 bytes"):
+        Manifest.parse(with_files("a/b.json", size=(8 << 20) + 1))
+
+
+def test_versions_of_tools_are_as_pip_writes_them() -> None:
+    tools = {"python": "3.13.0rc1", "torch": "2.14.0+cu130", "onnx": "1!1.23.post1", "onnx-ir": "0.1.0.dev3"}
+    assert replace(MANIFEST, tools=tools) == Manifest.parse(replace(MANIFEST, tools=tools).serialized())
 
 
 def test_sizes_add_up_to_a_limit() -> None:

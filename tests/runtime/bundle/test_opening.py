@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
+from edgewright.optimize.work import planned_layers
 from edgewright.runtime.backends import backend_named
-from edgewright.runtime.bundle import KeyPair, is_bundle, open_bundle, opening, write_bundle, write_key_pair
+from edgewright.runtime.bundle import KeyPair, is_bundle, open_bundle, opening, write_bundle, write_key_pair, writing
 from edgewright.runtime.bundle.manifest import MOST_MANIFEST_BYTES, FileEntry, Manifest
 from edgewright.runtime.bundle.signature import MOST_ENVELOPE_BYTES
 from edgewright.runtime.errors import BundleError, ClosedError, SignatureError
@@ -347,6 +350,14 @@ def test_a_bundle_without_a_spec_is_refused(tmp_path: Path) -> None:
         ({"bytes": "9"}, "bytes is '9'"),
         ({"versions": {"onnxruntime": 1}}, "versions.onnxruntime is 1"),
         ({"layers": [{"name": "x"}]}, "does not say what it should"),
+        ({"backend": "tensorrt"}, "differs from the bundle in its backend"),
+        ({"backend": "openvino"}, "differs from the bundle in its backend"),
+        ({"precision": "int8"}, "differs from the bundle in its precision"),
+        ({"target": "sm87"}, "differs from the bundle in its target"),
+        ({"inputs": []}, "differs from the bundle in its inputs"),
+        ({"outputs": [SPEC["output"]] * 2}, "differs from the bundle in its outputs"),
+        ({"preprocess": {**SPEC["preprocess"], "mean": [0, 0, 0]}}, "in its preprocess"),
+        ({"labels": ["bee", "ant", "cat", "dog"]}, "differs from the bundle in its labels"),
     ],
 )
 def test_a_description_of_another_engine_is_refused(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -357,6 +368,12 @@ def test_a_description_of_another_engine_is_refused(changes: dict[str, Any], rea
         assert graph is not None
         with pytest.raises(BundleError, match=reason):
             opened.engine_info(graph)
+
+
+def test_the_plans_are_those_that_the_workstation_makes() -> None:
+    for graph in spec().graphs:
+        model = onnx.shape_inference.infer_shapes(onnx.load_from_string(toy_files()[graph.path]))
+        assert planned_layers(ir.from_proto(model)) == graph.planned
 
 
 def test_a_bundle_is_told_from_what_is_none(bundle: Path, tmp_path: Path) -> None:
@@ -385,16 +402,31 @@ def test_an_existing_folder_stays_unless_it_is_to_be_replaced(bundle: Path) -> N
     assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
 
 
-def test_what_cannot_be_replaced_stays(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_a_killed_process_put_aside_comes_back(bundle: Path, version: int) -> None:
+    """Killed between the two renames, or after them; else the next version would be 1 again."""
+    aside = bundle.with_name(f"{writing.BEFORE}{bundle.name}")
+    bundle.rename(aside)
+    if version == 2:
+        toy_bundle(bundle.parent / "new", version=2).rename(bundle)
+    writing.recover(bundle)
+    with open_bundle(bundle) as opened:
+        assert opened.version == version
+    write_bundle(bundle, toy_files(), version=3, model="toy", tools={}, replace=True)
+    assert [path.name for path in bundle.parent.iterdir()] == [bundle.name]
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_what_cannot_be_replaced_stays(bundle: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     rename = Path.rename
 
     def failing(path: Path, target: Path) -> Path:
-        if path.name.startswith(".partial-") and not path.name.endswith("-before"):
-            raise OSError(5, "Input/output error")
+        if path.name.startswith(".partial-") and not path.name.startswith(writing.BEFORE):
+            raise error
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(BundleError, match="Input/output error"):
+    with pytest.raises(BundleError if isinstance(error, OSError) else KeyboardInterrupt):
         write_bundle(bundle, toy_files(), version=2, model="toy", tools={}, replace=True)
     with open_bundle(bundle) as opened:
         assert opened.version == 1

@@ -14,6 +14,7 @@ from host_cuda import HostCuda, compiled, library_folder
 pytestmark = pytest.mark.host_cuda
 
 SIZE = 256  # bytes
+LEGACY, PER_THREAD = ctypes.c_void_p(1), ctypes.c_void_p(2)  # CU_STREAM_LEGACY, CU_STREAM_PER_THREAD
 HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -111,6 +112,19 @@ def test_a_stream_pulls_what_it_waits_for_and_no_more(call: Calls) -> None:
     call("cuStreamWaitEvent", second, event, 0)
     call("cuStreamSynchronize", second)
     assert [first_byte(address) for address in memory] == [5, 0xC3]
+
+
+@pytest.mark.parametrize("default", [LEGACY, PER_THREAD])
+def test_default_streams_are_there_and_can_be_awaited(default: Any, call: Calls, cuda: HostCuda) -> None:
+    stream, memory, host, event = call.stream(), call.device(), call.pinned(), call.given("cuEventCreate", 0)
+    ctypes.memset(host, 7, SIZE)
+    call.up(memory, host, default)
+    call("cuEventRecord", event, default)
+    call("cuStreamWaitEvent", stream, event, 0)
+    assert first_byte(memory) == 0xC3
+    call("cuStreamSynchronize", stream)
+    assert (call.code, first_byte(memory), cuda.misuse) == (0, 7, [])
+    assert cuda.live("stream") == 1
 
 
 def test_host_functions_run_in_their_turn_and_in_graphs(call: Calls, cuda: HostCuda) -> None:
@@ -269,6 +283,20 @@ def allocate_while_capturing(call: Calls) -> None:
     call.device()
 
 
+def wait_for_an_event_while_capturing(call: Calls) -> None:
+    event = call.given("cuEventCreate", 0)
+    call("cuStreamBeginCapture_v2", call.stream(), 1)
+    call("cuEventSynchronize", event)
+
+
+def capture_a_default_stream(call: Calls) -> None:
+    call("cuStreamBeginCapture_v2", LEGACY, 1)
+
+
+def destroy_a_default_stream(call: Calls) -> None:
+    call("cuStreamDestroy_v2", LEGACY)
+
+
 def end_a_capture_that_was_not_begun(call: Calls) -> None:
     call("cuStreamEndCapture", call.stream(), ctypes.byref(ctypes.c_void_p()))
 
@@ -313,6 +341,9 @@ MISUSES = {
     time_without_a_mark: (400, "an event has no mark"),
     wait_while_capturing: (900, "the stream captures"),
     allocate_while_capturing: (900, "not allowed while a stream captures"),
+    wait_for_an_event_while_capturing: (900, "not allowed while a stream captures"),
+    capture_a_default_stream: (900, "a default stream"),
+    destroy_a_default_stream: (400, "a default stream"),
     end_a_capture_that_was_not_begun: (401, "it does not capture"),
     replay_into_freed_memory: (1, "it copies from or to freed memory"),
     call_without_a_context: (201, "no context is current in this thread"),

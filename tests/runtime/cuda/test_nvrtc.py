@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import struct
 import sys
+from contextlib import ExitStack
 
+import numpy as np
 import pytest
 
+from edgewright.runtime.cuda import open_driver
 from edgewright.runtime.cuda.nvrtc import cubin
-from edgewright.runtime.cuda.resize_kernel import KERNEL, SOURCE
+from edgewright.runtime.cuda.resize_kernel import KERNEL, SOURCE, PreprocessKernel
 from edgewright.runtime.errors import DeviceError
+from edgewright.runtime.preprocess import INTERPOLATIONS, Preprocess
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
@@ -66,3 +70,29 @@ def test_missing_library_is_said_with_the_remedy(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(nvrtc, "nvrtcVersion", fail)
     with pytest.raises(DeviceError, match=r'is not here: Failure finding "libnvrtc.so": No such file; pip install'):
         cubin("// never compiled either", "sm87")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+def test_on_a_gpu_the_kernel_equals_pillow(interpolation: str) -> None:
+    try:
+        driver = open_driver("cuda-python")
+    except DeviceError as error:
+        pytest.skip(error.message)
+    preprocess = Preprocess(40, (33, 35), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), interpolation)
+    pixels = np.random.default_rng(1)
+    images = [pixels.integers(0, 256, (*size, 3), np.uint8) for size in ((48, 64), (480, 640), (1, 50), (33, 35))]
+    wanted = preprocess.batch(images)
+    found = np.empty_like(wanted)
+    with ExitStack() as owner:
+        owner.callback(driver.close)
+        owner.enter_context(driver.current())
+        stream, target = driver.create_stream(), driver.allocate(wanted.nbytes)
+        owner.callback(driver.destroy_stream, stream)
+        owner.callback(driver.free, target)
+        kernel = PreprocessKernel(driver, preprocess, len(images))
+        owner.callback(kernel.close)
+        kernel.enqueue(images, target, stream)
+        driver.copy_to_host(found.ctypes.data, target, found.nbytes, stream)
+        driver.synchronize(stream)
+    np.testing.assert_array_equal(found, wanted)

@@ -172,11 +172,11 @@ def test_one_copy_and_one_launch_for_a_batch(driver: CudaDriver, host_cuda: Host
         made.kernel.enqueue([noise((60, 50))] * LARGEST_BATCH, made.target, made.stream)
         assert host_cuda.calls("cuLaunchKernel") == 1
         assert host_cuda.pageable_copies() == 0
-        allocations = host_cuda.calls("cuMemAlloc_v2") + host_cuda.calls("cuMemHostAlloc")
+        allocations = host_cuda.calls("cuMemAlloc") + host_cuda.calls("cuMemHostAlloc")
         assert allocations > 0
         for count in (1, LARGEST_BATCH, 3):
             made.kernel.enqueue([noise((60, 50))] * count, made.target, made.stream)
-        assert host_cuda.calls("cuMemAlloc_v2") + host_cuda.calls("cuMemHostAlloc") == allocations, "buffers are reused"
+        assert host_cuda.calls("cuMemAlloc") + host_cuda.calls("cuMemHostAlloc") == allocations, "buffers are reused"
 
 
 def test_buffers_grow_and_the_smaller_ones_are_freed(driver: CudaDriver, host_cuda: HostCuda) -> None:

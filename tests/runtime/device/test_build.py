@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from dataclasses import replace
@@ -12,14 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgewright.runtime import cuda
+from edgewright.runtime import Session, cuda
 from edgewright.runtime.backends import Absence
 from edgewright.runtime.bundle import write_archive, write_key_pair
+from edgewright.runtime.choice import chosen
 from edgewright.runtime.device import build as module
 from edgewright.runtime.device.build import BuildOptions, build_bundle
 from edgewright.runtime.device.kept import MANIFEST, read_kept
 from edgewright.runtime.device.rows import DeviceReport, DeviceRow
-from edgewright.runtime.device.versions import highest_versions
+from edgewright.runtime.device.verify import verify_bundle
+from edgewright.runtime.device.versions import VERSIONS_FILE, highest_versions
 from edgewright.runtime.errors import (
     BuildError,
     BundleError,
@@ -174,6 +177,10 @@ def test_a_dla_takes_one_batch_and_no_fp32(bundle: Path, device_cache: Path, gpu
     ]
     assert report.rows[0].reason_code == "precision_unsupported"
     assert {(request.dla, request.profile) for request in gpu.requests} == {(0, BatchProfile(1, 1, 1))}
+    with Session.open(bundle, cache=device_cache) as session:
+        assert session.info.dla == 0
+    assert gpu.cores
+    assert {*gpu.cores} == {0}, "the self-test and the session load it on the core that it was built for"
     assert not the_row(build_bundle(bundle, ONE, cache=device_cache)).reused, "the GPU's engine is another one"
 
 
@@ -260,6 +267,20 @@ def test_a_failed_rebuild_keeps_the_engine_before_it(bundle: Path, device_cache:
     assert (row.reused, row.path) == (True, good.path)
 
 
+def test_a_self_test_that_crashes_keeps_the_engine_before_it(
+    bundle: Path, device_cache: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = the_row(build_bundle(bundle, ONE, cache=device_cache))
+    before = files(engine_folder(device_cache))
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeGpu, "open", lambda self, engine, **_: gpu_opens(b"no graph"))
+        row = the_row(build_bundle(bundle, replace(ONE, rebuild=True), cache=device_cache))
+    assert (row.status, row.reason_code, row.path) == ("failed", "run_failed", None)
+    assert "cannot load" in row.reason
+    assert files(engine_folder(device_cache)) == before
+    assert chosen(bundle, cache=device_cache).info == good.info
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, BundleError("it was exchanged")])
 def test_a_build_that_is_interrupted_keeps_the_engine_before_it(
     bundle: Path, device_cache: Path, gpu: FakeGpu, error: Any, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +349,39 @@ def test_a_damaged_manifest_is_made_again(bundle: Path, device_cache: Path, gpu:
     assert (row.status, row.reused) == ("verified", False)
 
 
+@pytest.mark.parametrize("place", ["engines", "engines/KEY"])
+def test_engines_that_others_could_have_planted_are_not_read(
+    bundle: Path, device_cache: Path, gpu: FakeGpu, place: str
+) -> None:
+    build_bundle(bundle, ONE, cache=device_cache)
+    device_cache.chmod(0o755)
+    folder = device_cache / place.replace("KEY", engine_folder(device_cache).name)
+    folder.chmod(0o777)
+    for use in (build_bundle, verify_bundle, chosen):
+        with pytest.raises(WorkspaceError, match=f"{folder} can be written by others"):
+            use(bundle, cache=device_cache)
+
+
+def test_measurements_that_others_could_have_planted_are_not_read(
+    bundle: Path, device_cache: Path, gpu: FakeGpu
+) -> None:
+    build_bundle(bundle, ONE, cache=device_cache)
+    (device_cache / "timing").chmod(0o777)
+    with pytest.raises(WorkspaceError, match="timing can be written by others"):
+        build_bundle(bundle, replace(ONE, rebuild=True), cache=device_cache)
+    assert len(gpu.requests) == 1
+
+
+def test_what_is_believed_is_written_for_its_owner_alone(bundle: Path, device_cache: Path, gpu: FakeGpu) -> None:
+    before = os.umask(0)
+    try:
+        build_bundle(bundle, ONE, cache=device_cache)
+    finally:
+        os.umask(before)
+    believed = (device_cache / VERSIONS_FILE, engine_folder(device_cache) / MANIFEST)
+    assert [path.stat().st_mode & 0o777 for path in believed] == [0o600, 0o600]
+
+
 def test_a_manifest_of_another_device_is_not_reused(bundle: Path, device_cache: Path, gpu: FakeGpu) -> None:
     """As in a cache that was copied, with a key that happens to be the same."""
     build_bundle(bundle, ONE, cache=device_cache)
@@ -348,6 +402,35 @@ def test_a_manifest_that_leads_elsewhere_is_refused(bundle: Path, device_cache: 
     write_json(manifest, content)
     with pytest.raises(EngineError, match="is no file name"):
         read_kept(engine_folder(device_cache))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("identity", "place", "backend"), ["tensorrt"]),
+        (("identity", "place", "features"), None),
+        (("identity", "settings", "workspace"), "1"),
+        (("engines", 0, "info", "backend"), "onnxruntime"),
+        (("engines", 0, "info", "precision"), 16),
+        (("engines", 0, "info", "outputs", 0, "shape"), []),
+        (("engines", 0, "info", "preprocess", "crop"), []),
+        (("engines", 0, "self_test", "latency_ms"), "fast"),
+        (("engines", 0, "self_test", "passed"), "false"),
+    ],
+)
+def test_a_manifest_with_other_types_is_damaged(
+    bundle: Path, device_cache: Path, gpu: FakeGpu, path: tuple[Any, ...], value: Any
+) -> None:
+    build_bundle(bundle, ONE, cache=device_cache)
+    manifest = engine_folder(device_cache) / MANIFEST
+    content = json.loads(manifest.read_bytes())
+    changed = content
+    for key in path[:-1]:
+        changed = changed[key]
+    changed[path[-1]] = value
+    write_json(manifest, content)
+    with pytest.raises(EngineError, match="is damaged"):
+        chosen(bundle, cache=device_cache)
 
 
 # What a bundle must be
@@ -400,7 +483,7 @@ def test_a_damaged_archive_is_refused(
     with pytest.raises(BundleError):
         build_bundle(archive, ONE, cache=device_cache)
     assert gpu.requests == []
-    assert list((device_cache / "bundles").iterdir()) == []
+    assert list(device_cache.glob("bundles/*")) == []
 
 
 def test_a_bundle_that_is_exchanged_during_the_build(

@@ -15,7 +15,7 @@ from edgewright.runtime.choice import chosen, stands_for_bundle
 from edgewright.runtime.device.build import BuildOptions, build_bundle
 from edgewright.runtime.device.kept import MANIFEST, Kept, KeptEngine
 from edgewright.runtime.errors import BundleError, EngineError, RollbackError, SignatureError, WorkspaceError
-from edgewright.runtime.files import write_json
+from edgewright.runtime.files import sha256_of, write_json
 from fake_gpu import Bundles, FakeGpu
 from toy_bundle import CPU_ENGINE, toy_files
 
@@ -189,6 +189,37 @@ def test_a_build_folder_takes_no_option_of_a_bundle(tmp_path: Path, option: dict
     assert not stands_for_bundle(tmp_path / place)
     with pytest.raises(EngineError, match="is not a bundle, and only a bundle is signed"):
         chosen(tmp_path / place, **option)
+
+
+def test_a_provider_asks_for_the_backend_that_has_it(bundle: Path, device_cache: Path, gpu: FakeGpu) -> None:
+    build_bundle(bundle, BuildOptions(precisions=("fp32",)), cache=device_cache)
+    assert chosen(bundle, cache=device_cache).info.backend == "tensorrt"
+    for provider in ("cpu", "cuda"):
+        assert chosen(bundle, provider=provider, cache=device_cache).info.backend == "onnxruntime"
+    with Session.open(bundle, provider="cpu", cache=device_cache) as session:
+        assert session.info.backend == "onnxruntime"
+    for backend, provider in (("tensorrt", "cpu"), (None, "gpu")):
+        with pytest.raises(EngineError, match="tensorrt has no provider"):
+            Session.open(bundle, backend=backend, provider=provider, cache=device_cache)
+
+
+def test_a_bundle_cannot_carry_an_engine_of_another_backend(bundles: Bundles, device_cache: Path, gpu: FakeGpu) -> None:
+    """A plan of TensorRT in place of the CPU engine's ONNX file, and a description that says so."""
+    plan, described = b"evil|plan", CPU_ENGINE.replace(".onnx", ".json")
+    info = {**json.loads(toy_files()[described]), "backend": "tensorrt", "engine_sha256": sha256_of(plan)}
+    bundle = bundles(files={CPU_ENGINE: plan, described: json.dumps(info).encode()})
+    with pytest.raises(BundleError, match="differs from the bundle in its backend"):
+        Session.open(bundle, cache=device_cache)
+    assert gpu.loaded == []
+
+
+def test_places_may_be_given_as_text(bundles: Bundles, device_cache: Path, tmp_path: Path) -> None:
+    key = write_key_pair(tmp_path / "key")
+    bundle = bundles(signing_key=key.private)
+    with Session.open(str(bundle), require_signature=str(key.public), cache=str(device_cache)) as session:
+        assert session.info.backend == "onnxruntime"
+    with pytest.raises(SignatureError, match="there is no key file"):
+        Session.open(str(bundle), require_signature="", cache=str(device_cache))
 
 
 def test_a_session_on_a_bundle(bundle: Path, device_cache: Path, gpu: FakeGpu) -> None:

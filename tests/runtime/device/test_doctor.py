@@ -16,8 +16,9 @@ from edgewright.runtime.cuda.driver import Device
 from edgewright.runtime.device import doctor, probes
 from edgewright.runtime.device.doctor import examination
 from edgewright.runtime.device.memory import Memory
-from edgewright.runtime.device.probes import Jetson, installed_version, jetson, two_onnxruntimes
+from edgewright.runtime.device.probes import Jetson, jetson
 from edgewright.runtime.errors import DeviceError
+from edgewright.runtime.installed import installed_version, two_onnxruntimes
 
 RELEASE = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8\n"
 DPKG = """Package: libc6
@@ -129,8 +130,8 @@ def test_two_onnxruntimes(
 
 def test_versions_are_those_of_the_first_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_distributions(monkeypatch, **{"tensorrt-cu12": "10.3.0", "cuda-bindings": "12.6.2"})
-    assert installed_version(["tensorrt", "tensorrt-cu12", "tensorrt-cu13"]) == "10.3.0"
-    assert installed_version(["pycuda"]) == ""
+    assert installed_version("tensorrt", "tensorrt-cu12", "tensorrt-cu13") == "10.3.0"
+    assert installed_version("pycuda") is None
 
 
 def test_what_is_found_on_a_device(orin: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

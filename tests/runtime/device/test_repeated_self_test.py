@@ -10,10 +10,11 @@ import pytest
 
 from edgewright.runtime.backends import Absence
 from edgewright.runtime.bundle import write_key_pair
+from edgewright.runtime.device import rows
 from edgewright.runtime.device.build import BuildOptions, build_bundle
 from edgewright.runtime.device.proven import proven_engines
 from edgewright.runtime.device.verify import verify_bundle
-from edgewright.runtime.errors import BundleError, EngineError, RollbackError, SignatureError
+from edgewright.runtime.errors import BuildError, BundleError, EngineError, RollbackError, SignatureError
 from fake_gpu import Bundles, FakeGpu
 from toy_bundle import toy_files
 
@@ -88,9 +89,27 @@ def test_a_changed_file_is_not_loaded(bundle: Path, device_cache: Path, gpu: Fak
         row.path.write_bytes(content[:-1] if damage == "cut" else b"planted|" + toy_files()["graphs/fp32.onnx"])
     gpu.loaded.clear()
     (found,) = verify_bundle(bundle, cache=device_cache).rows
-    assert (found.status, found.reason_code) == ("failed", "engine_failed")
+    assert (found.status, found.reason_code) == ("failed", "run_failed")
     assert "build it again" in found.reason
     assert gpu.loaded == []
+
+
+def test_an_engine_that_crashes_now_is_no_longer_proven(
+    bundle: Path, device_cache: Path, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that opened it for real would crash too."""
+    sha256 = build_bundle(bundle, ONE, cache=device_cache).bundle
+
+    def crash(*_: Any, **__: Any) -> Any:
+        raise BuildError("the self-test of tensorrt fp16 crashed (SIGSEGV)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "answer_of", crash)
+        (row,) = verify_bundle(bundle, cache=device_cache).rows
+    assert (row.status, row.reason_code, row.self_test) == ("failed", "run_failed", None)
+    assert "SIGSEGV" in row.reason
+    assert proven_engines(sha256, device_cache) == ()
+    assert statuses(bundle, device_cache) == {"tensorrt fp16": "verified"}
 
 
 def test_the_bundle_must_be_trusted_here_too(

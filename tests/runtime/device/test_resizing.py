@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import PIL
 import pytest
 
 from command import Command
+from edgewright.runtime.bundle import open_bundle
 from edgewright.runtime.choice import chosen
 from edgewright.runtime.device.build import BuildOptions, build_bundle
+from edgewright.runtime.device.resizing import resize_warning
 from edgewright.runtime.device.verify import verify_bundle
-from fake_gpu import named_graphs
 from toy_bundle import toy_bundle
 
 CPU_ONLY = BuildOptions(backends=("onnxruntime",))
@@ -19,7 +22,20 @@ WORDS = "resizes images otherwise than Pillow"
 
 @pytest.fixture
 def packed_elsewhere(tmp_path: Path) -> Path:
-    return toy_bundle(tmp_path / "other.bundle", spec_changes={"graphs": named_graphs(), "resized": "0" * 64})
+    return toy_bundle(tmp_path / "other.bundle", spec_changes={"resized": "0" * 64}, tools={"pillow": "9.1"})
+
+
+@pytest.mark.parametrize(
+    ("tools", "words"),
+    [
+        ({"pillow": "9.1"}, "otherwise than Pillow 9.1, with which .* pip install pillow==9.1$"),
+        ({"pillow": PIL.__version__}, "otherwise than the one with which .* accuracy measured$"),
+        ({"edgewright": "0"}, "otherwise than the one with which .* accuracy measured$"),
+    ],
+)
+def test_the_remedy_is_one_that_helps(tmp_path: Path, tools: dict[str, str], words: str) -> None:
+    with open_bundle(toy_bundle(tmp_path / "it.bundle", spec_changes={"resized": "0" * 64}, tools=tools)) as bundle:
+        assert re.search(words, resize_warning(bundle))
 
 
 def test_it_is_said_wherever_the_bundle_is_used(packed_elsewhere: Path, device_cache: Path, in_process: None) -> None:

@@ -9,6 +9,10 @@ EXPORT CUresult cuStreamBeginCapture_v2(Handle stream, int mode) {
     Object *object = usable_stream(stream, "cuStreamBeginCapture");
     if (!object) return leave(INVALID_HANDLE);
     if (mode < 0 || mode > 2) return leave(INVALID_VALUE);
+    if (is_default_stream(stream)) {
+        misuse("cuStreamBeginCapture: a default stream");
+        return leave(CAPTURE_UNSUPPORTED);
+    }
     if (object->stream.capturing) {
         misuse("cuStreamBeginCapture: it captures already");
         return leave(ILLEGAL_STATE);

@@ -137,6 +137,9 @@ Handle add_object(Kind kind, Object **object);
 Object *find_object(Kind kind, Handle handle, const char *call); /* NULL and misuse noted if it is none, or dead */
 Object *object_at(Handle handle);                                /* NULL if there never was one */
 Object *object_number(int number);                               /* NULL behind the last */
+/* CU_STREAM_LEGACY and CU_STREAM_PER_THREAD, here one for all threads: always there, for who lends data from them. */
+#define DEFAULT_STREAMS 2
+bool is_default_stream(Handle handle);
 int live(Kind kind);
 
 /* Begins a driver call: counts it, and returns the code with which it is to fail, or 0. Locks the ledger; every

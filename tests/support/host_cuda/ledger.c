@@ -34,6 +34,7 @@ static CUresult planned_code, lost_code;
 static char misuses[MOST_MISUSES][256];
 static int misuse_count;
 static __thread bool working;
+static Object default_streams[DEFAULT_STREAMS] = {{.kind = STREAM, .alive = true}, {.kind = STREAM, .alive = true}};
 
 void lock(void) { pthread_mutex_lock(&mutex); }
 void unlock(void) { pthread_mutex_unlock(&mutex); }
@@ -62,9 +63,15 @@ Handle add_object(Kind kind, Object **object) {
     return (Handle)(BASE + STEP * (first_number + (uintptr_t)object_count++));
 }
 
-Object *object_number(int number) { return number < object_count ? objects[number] : NULL; }
+Object *object_number(int number) {
+    if (number < object_count) return objects[number];
+    return number < object_count + DEFAULT_STREAMS ? &default_streams[number - object_count] : NULL;
+}
+
+bool is_default_stream(Handle handle) { return (uintptr_t)handle - 1 < DEFAULT_STREAMS; }
 
 Object *object_at(Handle handle) {
+    if (is_default_stream(handle)) return &default_streams[(uintptr_t)handle - 1];
     uintptr_t first = BASE + STEP * first_number;
     uintptr_t number = ((uintptr_t)handle - first) / STEP;
     bool known = (uintptr_t)handle >= first && (uintptr_t)handle % STEP == 0 && number < (uintptr_t)object_count;
@@ -94,6 +101,10 @@ int live(Kind kind) {
 }
 
 static void reset_objects(void) {
+    for (int i = 0; i < DEFAULT_STREAMS; i++) {
+        clear_queue(&default_streams[i].stream.queue);
+        default_streams[i].stream.queued = default_streams[i].stream.done = 0;
+    }
     for (int i = 0; i < object_count; i++) {
         Object *object = objects[i];
         if (object->alive && object->kind == STREAM) {

@@ -136,7 +136,8 @@ EXPORT CUresult cuStreamCreate(Handle *stream, unsigned flags) {
 EXPORT CUresult cuStreamDestroy_v2(Handle stream) {
     CUresult failure, code = enter_release("cuStreamDestroy", &failure);
     if (code) return leave(code);
-    Object *object = find_object(STREAM, stream, "cuStreamDestroy");
+    if (is_default_stream(stream)) misuse("cuStreamDestroy: a default stream");
+    Object *object = is_default_stream(stream) ? NULL : find_object(STREAM, stream, "cuStreamDestroy");
     if (!object) return leave(INVALID_HANDLE);
     if (pending(object)) misuse("cuStreamDestroy: work is queued in it");
     if (object->stream.capturing) misuse("cuStreamDestroy: it captures");
@@ -272,6 +273,7 @@ static bool passed(Object *event, bool may_wait) {
 
 EXPORT CUresult cuEventSynchronize(Handle event) {
     CUresult failure, code = enter_release("cuEventSynchronize", &failure);
+    if (!code && capture_forbids("cuEventSynchronize")) code = CAPTURE_UNSUPPORTED;
     if (code) return leave(code);
     Object *object = find_object(EVENT, event, "cuEventSynchronize");
     if (!object) return leave(INVALID_HANDLE);
@@ -281,6 +283,7 @@ EXPORT CUresult cuEventSynchronize(Handle event) {
 
 EXPORT CUresult cuEventQuery(Handle event) {
     CUresult code = enter_context("cuEventQuery");
+    if (!code && capture_forbids("cuEventQuery")) code = CAPTURE_UNSUPPORTED;
     if (code) return leave(code);
     Object *object = find_object(EVENT, event, "cuEventQuery");
     if (!object) return leave(INVALID_HANDLE);
