@@ -14,7 +14,7 @@ from ..specs import TensorSpec
 from .runner import check_dtypes
 from .tensorrt_builder import product_of, spec_of
 from .tensorrt_log import logger_of, recorded
-from .tensorrt_rtx_settings import RtxSettings
+from .tensorrt_rtx_settings import RtxSettings, kept_kernels
 
 __all__ = ["LoadedEngine", "inspected", "load_engine", "shape_of", "shape_refused"]
 
@@ -125,6 +125,7 @@ class LoadedEngine:
         return context
 
     def _load(self, engine: bytes, kernels: Path | None, dla: int | None) -> None:
+        kept = b"" if kernels is None else kept_kernels(kernels)
         self._runtime, self._engine = load_engine(self.trt, engine, dla)
         self.inputs = _specs(self.trt, self._engine, inputs=True)
         self.outputs = _specs(self.trt, self._engine, inputs=False)
@@ -134,7 +135,7 @@ class LoadedEngine:
         self.smallest_batch = max(smallest for smallest, _ in batches)
         self.largest_batch = min(largest for _, largest in batches)
         if kernels is not None:
-            self._settings = RtxSettings(self.trt, self._engine, kernels)
+            self._settings = RtxSettings(self.trt, self._engine, kernels, kept)
 
     def _free(self) -> None:
         """TensorRT's objects, each before what it uses, and then the driver."""

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import EngineError, WorkspaceError
+from ..cache import OWNER_ONLY, cache_folder, checked_cache
+from ..errors import WorkspaceError
 from ..files import sha256_of, write_bytes
 
 if TYPE_CHECKING:
     from ..cuda.driver import Device
 
-__all__ = ["RtxSettings", "kernels_file"]
+__all__ = ["RtxSettings", "kept_kernels", "kernels_file"]
+
+KERNELS_FOLDER = "rtx-runtime"
 
 
 def kernels_file(engine: bytes, version: str, device: Device) -> Path:
-    """Where the compiled kernels of an engine are kept, per version of TensorRT-RTX and GPU, in the user's cache.
-
-    XDG_CACHE_HOME, or ~/.cache: XDG Base Directory Specification 0.8. Raises `EngineError` if there is neither.
-    """
-    try:
-        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError:
-        raise EngineError("the user has no home folder to keep compiled kernels in", "set XDG_CACHE_HOME") from None
+    """Where the compiled kernels of an engine are kept, per version of TensorRT-RTX and GPU, in `cache_folder`."""
     gpu = "".join(letter if letter.isalnum() else "-" for letter in f"{device.name} {device.architecture}")
-    return Path(root) / "edgewright" / "rtx-runtime" / f"{sha256_of(engine)}-{version}-{gpu}.bin"
+    return cache_folder() / KERNELS_FOLDER / f"{sha256_of(engine)}-{version}-{gpu}.bin"
 
 
 class RtxSettings:
@@ -38,14 +33,15 @@ class RtxSettings:
       those for the shape are compiled
     """
 
-    def __init__(self, trt: ModuleType, engine: Any, file: Path) -> None:
+    def __init__(self, trt: ModuleType, engine: Any, file: Path, kept: bytes) -> None:
+        """`kept` is what `kept_kernels` gives for `file`."""
         self._file = file
         self.config = engine.create_runtime_config()
         self.captures = hasattr(self.config, "cuda_graph_strategy")
         if self.captures:
             self.config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         self._cache = self.config.create_runtime_cache()
-        self._kept = _content(file)
+        self._kept = kept
         # False: damaged, or of another version, driver or GPU. The cache stays empty and replaces the file in the end.
         if self._kept and not self._cache.deserialize(self._kept):
             self._kept = b""
@@ -57,10 +53,19 @@ class RtxSettings:
         content = b"" if serialized is None else bytes(serialized)
         if content and content != self._kept:
             with suppress(WorkspaceError):
-                write_bytes(self._file, content)
+                for folder in (self._file.parent.parent, self._file.parent):
+                    checked_cache(folder, create=True)
+                write_bytes(self._file, content, mode=OWNER_ONLY)
 
 
-def _content(file: Path) -> bytes:
+def kept_kernels(file: Path) -> bytes:
+    """What was compiled before, empty if there is nothing.
+
+    Raises `WorkspaceError` if others may write to its folders: kernels are code.
+    """
+    for folder in (file.parent.parent, file.parent):
+        if folder.is_dir():
+            checked_cache(folder)
     try:
         return file.read_bytes()
     except OSError:  # not there yet, or not readable: it is compiled again

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from ..backends import BACKENDS, Absence, Backend, backend_named
 from ..bundle import Bundle
+from ..cache import cache_folder, checked_cache, locked_cache
 from ..engine_files import verified_bytes
 from ..errors import BuildError, BundleError, EdgewrightError, EngineError, WorkspaceError
 from ..specs import BatchProfile, EngineInfo
-from .cache import cache_folder, checked_cache, locked_cache
 from .child import answer_of
 from .identity import GPU_DIALECTS, BuildSettings, Place, place_here
 from .kept import Kept, KeptEngine, engine_file, engine_folder, read_kept

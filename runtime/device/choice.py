@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..bundle import Bundle
 from ..bundle.spec_check import CPU_BACKEND
+from ..cache import cache_folder
 from ..choice import Choice
 from ..errors import EngineError
-from .cache import cache_folder
 from .opening import opened_bundle
 from .proven import Proven, proven_engines
 from .resizing import resize_warning

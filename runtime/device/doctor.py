@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..backends import BACKENDS, Absence, Backend
+from ..cache import cache_folder, checked_cache
 from ..errors import EdgewrightError
 from ..installed import installed_version, two_onnxruntimes
-from .cache import cache_folder, checked_cache
 from .identity import processor
 from .memory import Memory, memory_here
 from .probes import ROOT, Jetson, jetson

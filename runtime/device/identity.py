@@ -17,6 +17,7 @@ from ..specs import BatchProfile
 __all__ = ["BuildSettings", "Place", "cache_key", "key_prefix", "place_here", "processor"]
 
 CPUINFO = Path("/proc/cpuinfo")
+KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 KEY_DIGITS = 16  # hexadecimal; a clash is noticed, since what the key stands for is kept with it and compared
 GPU_DIALECTS = ("tensorrt", "rtx")
 FLAGS = frozenset(
@@ -32,7 +33,7 @@ class Place:
 
     * version: of the backend's library
     * device: name of the GPU, or model of the processor; architecture: "sm87", or "x86_64"
-    * driver: the CUDA version that the GPU's driver supports, "" for a processor
+    * driver: the CUDA version that the GPU's driver supports, and its own version: "12.6, 540.4.0"; "" for a processor
     * features: instructions of a processor that matter, "" for a GPU
     """
 
@@ -69,9 +70,18 @@ def place_here(backend: Backend) -> Place:
         from ..cuda import device_here
 
         gpu = device_here()
-        return Place(backend.name, backend.version(), gpu.name, gpu.architecture, gpu.driver, "")
+        return Place(backend.name, backend.version(), gpu.name, gpu.architecture, driver_version(gpu.driver), "")
     model, features = processor()
     return Place(backend.name, backend.version(), model, platform.machine(), "", features)
+
+
+def driver_version(cuda: str, module: Path = KERNEL_MODULE) -> str:
+    """The CUDA version `cuda` that a driver supports, with the version of its kernel module if Linux says it."""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)*\b", module.read_text())
+    except OSError:
+        return cuda
+    return cuda if found is None else f"{cuda}, {found[0]}"
 
 
 def processor(cpuinfo: Path = CPUINFO) -> tuple[str, str]:

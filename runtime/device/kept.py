@@ -12,11 +12,11 @@ from typing import Any
 
 from ..bundle.spec import Limits
 from ..bundle.typed import check_types
+from ..cache import OWNER_ONLY, checked_cache
 from ..engine_files import ENGINES_FOLDER, info_of, verified_bytes
 from ..errors import EdgewrightError, EngineError
 from ..files import read_json, write_json
 from ..specs import EngineInfo
-from .cache import OWNER_ONLY, checked_cache
 from .identity import BuildSettings, Place, cache_key, key_prefix
 
 __all__ = ["MANIFEST", "Kept", "KeptEngine", "SelfTest", "engine_file", "engine_folder", "kept_for", "read_kept"]

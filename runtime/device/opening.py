@@ -7,9 +7,9 @@ from pathlib import Path
 
 from ..bundle import Bundle, open_bundle, unpack
 from ..bundle.archive import manifest_sha256
+from ..cache import CHOOSE_CACHE, checked_cache, unpacking_alone
 from ..errors import BundleError, WorkspaceError
 from ..files import TEMPORARY_PREFIX
-from .cache import CHOOSE_CACHE, checked_cache, unpacking_alone
 from .versions import check_version
 
 __all__ = ["opened_bundle"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..backends import BACKENDS, backend_named
 from ..bundle import Bundle
-from .cache import cache_folder, locked_cache
+from ..cache import cache_folder, locked_cache
 from .kept import Kept
 from .opening import opened_bundle
 from .proven import kept_here

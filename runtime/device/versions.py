@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..cache import OWNER_ONLY
 from ..errors import BundleError, RollbackError, WorkspaceError
 from ..files import read_json, write_json
-from .cache import OWNER_ONLY
 
 __all__ = ["check_version", "highest_versions", "record_version"]
 

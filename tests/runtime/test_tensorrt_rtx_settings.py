@@ -12,7 +12,7 @@ from edgewright.runtime.backends import BACKENDS
 from edgewright.runtime.backends import tensorrt_rtx as module
 from edgewright.runtime.backends.tensorrt_rtx_settings import kernels_file
 from edgewright.runtime.cuda.driver import Device
-from edgewright.runtime.errors import EngineError
+from edgewright.runtime.errors import WorkspaceError
 from edgewright.runtime.files import sha256_of
 from host_cuda import HostCuda
 from stand_in_runs import GRAPH, images, opened, reference, stand_in
@@ -93,6 +93,7 @@ def test_siblings_share_one_cache(trt: StandInTensorRt, tmp_path: Path) -> None:
 
 
 def test_the_file_stands_for_engine_version_and_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EDGEWRIGHT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     path = kernels_file(b"engine", "1.7.1", RTX_3060)
     name = f"{sha256_of(b'engine')}-1.7.1-NVIDIA-GeForce-RTX-3060-Ti-sm86.bin"
@@ -107,20 +108,25 @@ def test_the_file_stands_for_engine_version_and_gpu(tmp_path: Path, monkeypatch:
     )
 
 
-def test_without_a_home_folder_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", homeless)
-    with pytest.raises(EngineError, match="no home folder to keep compiled kernels in; set XDG_CACHE_HOME"):
-        kernels_file(b"engine", "1.7.1", RTX_3060)
+@pytest.mark.parametrize("place", ["", "rtx-runtime"])
+def test_kernels_that_others_may_write_are_not_loaded(trt: StandInTensorRt, tmp_path: Path, place: str) -> None:
+    kernels = tmp_path / "cache" / "rtx-runtime" / "kernels.bin"
+    with opened(trt, kernels=kernels) as runner:
+        runner.infer({"x": images(4)})
+    assert kernels.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "cache" / place).chmod(0o775)
+    with pytest.raises(WorkspaceError, match="can be written by others"):
+        opened(trt, kernels=kernels)
+    assert not any(trt.live.values())
+    (tmp_path / "cache" / place).chmod(0o700)
+    opened(trt, kernels=kernels).close()
 
 
 def test_the_backend_keeps_it_in_the_users_cache(
     trt: StandInTensorRt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = BACKENDS["tensorrt-rtx"]
+    monkeypatch.delenv("EDGEWRIGHT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(module, "_package", lambda: trt)
     monkeypatch.setattr(type(backend), "cannot_run", lambda self, target=None: None)

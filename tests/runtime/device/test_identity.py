@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from edgewright.runtime.backends import BACKENDS
-from edgewright.runtime.device.identity import BuildSettings, Place, cache_key, key_prefix, place_here, processor
+from edgewright.runtime.device.identity import (
+    BuildSettings,
+    Place,
+    cache_key,
+    driver_version,
+    key_prefix,
+    place_here,
+    processor,
+)
 from edgewright.runtime.specs import BatchProfile
 
 BUNDLE = "ab" * 32
@@ -63,3 +71,25 @@ def test_a_processor_that_linux_does_not_name(tmp_path: Path) -> None:
     model, features = processor(tmp_path / "none")
     assert model
     assert features == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "driver"),
+    [
+        (
+            "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.14  Thu Feb 22 01:44:30 UTC 2024\nGCC",
+            "12.6, 550.54.14",
+        ),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build  (root@dev)",
+            "12.6, 540.4.0",
+        ),
+        ("something else", "12.6"),
+        (None, "12.6"),
+    ],
+)
+def test_the_driver_is_that_of_cuda_and_of_the_kernel(tmp_path: Path, text: str | None, driver: str) -> None:
+    module = tmp_path / "version"
+    if text is not None:
+        module.write_text(text)
+    assert driver_version("12.6", module) == driver

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgewright.runtime.device.cache import cache_folder, checked_cache, locked_cache
+from edgewright.runtime.cache import cache_folder, checked_cache, locked_cache
 from edgewright.runtime.errors import WorkspaceError
 
 

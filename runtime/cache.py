@@ -1,4 +1,4 @@
-"""The folder where a device keeps what it made of bundles: engines, timing caches, unpacked bundles.
+"""The folder where a device keeps what it made: engines, compiled kernels, timing caches, unpacked bundles.
 
 An engine is native code, so whoever can write here decides what this process runs. The folder is therefore made for
 its owner alone, and one that somebody else owns or may write to is refused.
@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from ..errors import WorkspaceError
+from .errors import WorkspaceError
 
 __all__ = ["CHOOSE_CACHE", "OWNER_ONLY", "cache_folder", "checked_cache", "locked_cache", "unpacking_alone"]
 
