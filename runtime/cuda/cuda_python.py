@@ -204,7 +204,8 @@ def _call(cuda: Any, function: str, *arguments: Any) -> Any:
     try:
         status, *values = getattr(cuda, function)(*arguments)
     except RuntimeError as error:  # cuda-python finds no library, or not this function in it
-        raise DeviceError(f"{function} cannot be called: {error}", "install or update NVIDIA's driver") from error
+        reason = str(error).rstrip(".")
+        raise DeviceError(f"{function} cannot be called: {reason}", "install or update NVIDIA's driver") from error
     check(cuda, function, status)
     return (values[0] if len(values) == 1 else tuple(values)) if values else None
 

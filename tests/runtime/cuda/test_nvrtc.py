@@ -22,13 +22,19 @@ EM_CUDA = 190  # machine in the header of an ELF file
 MACHINE_AT, FLAGS_AT = 18, 48  # offsets in the header of a 64-bit ELF file
 
 
+def nvrtc_major() -> int:
+    return int(importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()[1])
+
+
 @pytest.mark.parametrize("architecture", [87, 86, 110])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_kernel_compiles_without_a_gpu(architecture: int, channels: int) -> None:
+    if architecture == 110 and nvrtc_major() < 13:
+        pytest.skip("NVRTC before CUDA 13 does not know Thor")
     code = cubin(SOURCE.read_text(), f"sm{architecture}", (f"CHANNELS={channels}",))
     assert code[:4] == b"\x7fELF"
     assert struct.unpack_from("<H", code, MACHINE_AT) == (EM_CUDA,)
-    assert code[FLAGS_AT + 1] == architecture, "compiled for another GPU"
+    assert code[FLAGS_AT + (nvrtc_major() >= 13)] == architecture, "compiled for another GPU"
     assert f".text.{KERNEL}\0".encode() in code
 
 
