@@ -557,9 +557,9 @@ def test_every_engine_that_was_opened_is_closed(prove: Prove, monkeypatch: pytes
     events: list[str] = []
     opened, closed = OnnxRuntimeBackend.open, OnnxRuntimeRunner.close_impl
 
-    def open_noted(self: OnnxRuntimeBackend, engine: bytes, *, threads: int = 0) -> Runner:
+    def open_noted(self: OnnxRuntimeBackend, engine: bytes, **options: Any) -> Runner:
         events.append("open")
-        return opened(self, engine, threads=threads)
+        return opened(self, engine, **options)
 
     def close_noted(self: OnnxRuntimeRunner) -> None:
         events.append("close")
