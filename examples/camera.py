@@ -5,7 +5,7 @@
     python camera.py build/resnet18 photographs/
 
 Two frames are under way at a time: while the engine works on one, the next is read and preprocessed. Camera and video
-need OpenCV (`pip install opencv-python-headless`; JetPack brings one); a folder needs Pillow alone.
+need OpenCV (`pip install opencv-python-headless`); a folder needs Pillow alone.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Session:
         * threads: of the processor, 0 for all cores; provider: of onnxruntime ("cpu", "cuda", "tensorrt")
         * require_signature, allow_older: of a bundle, see `edgewright.runtime.bundle`; cache: where engines that were
           built on this device are
-        * device_preprocessing: resize and normalize on the GPU
+        * device_preprocessing: `classify` resizes and normalizes on the GPU
 
         `why` says what was picked and for what reason. What is verified is what is loaded: the file is read once,
         its hash compared with the one beside it, and the engine loaded from the same bytes.
