@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+import locale
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ..errors import DeviceError
@@ -28,9 +30,20 @@ def cubin(source: str, architecture: str, defines: tuple[str, ...] = ()) -> byte
         *(f"--define-macro={each}" for each in defines),
     ]
     try:
-        return _compiled(nvrtc, program, options)
+        with _locale_kept():
+            return _compiled(nvrtc, program, options)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
+
+
+@contextmanager
+def _locale_kept() -> Iterator[None]:
+    """NVRTC of CUDA 12 leaves the process in the locale "C", in which Python 3.10 takes text files for ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def _compiled(nvrtc: Any, program: Any, options: Sequence[str]) -> bytes:

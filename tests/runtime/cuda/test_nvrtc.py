@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import locale
 import struct
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 
+from edgewright.runtime.cuda import nvrtc as nvrtc_module
 from edgewright.runtime.cuda import open_driver
 from edgewright.runtime.cuda.nvrtc import cubin
 from edgewright.runtime.cuda.resize_kernel import KERNEL, SOURCE, PreprocessKernel
@@ -41,6 +44,26 @@ def test_kernel_compiles_without_a_gpu(architecture: int, channels: int) -> None
 def test_compiled_once_in_a_process() -> None:
     arguments = (SOURCE.read_text(), "sm87", ("CHANNELS=3",))
     assert cubin(*arguments) is cubin(*arguments)
+
+
+@pytest.mark.parametrize("source", ['extern "C" __global__ void k() {}', "refused"])
+def test_the_locale_stays_as_it_is(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVRTC 12.4 sets it to "C" while it compiles; so does this fake step in front of it, whatever the version."""
+    compiled = nvrtc_module._compiled
+
+    def rude(*arguments: Any) -> bytes:
+        locale.setlocale(locale.LC_ALL, "C")
+        return compiled(*arguments)
+
+    monkeypatch.setattr(nvrtc_module, "_compiled", rude)
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
+        with nullcontext() if source != "refused" else pytest.raises(DeviceError):
+            cubin(f"// locale\n{source}", "sm86")
+        assert locale.setlocale(locale.LC_CTYPE) == "C.UTF-8"
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def test_defines_reach_the_source() -> None:
