@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
-import locale
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -38,12 +39,17 @@ def cubin(source: str, architecture: str, defines: tuple[str, ...] = ()) -> byte
 
 @contextmanager
 def _locale_kept() -> Iterator[None]:
-    """NVRTC of CUDA 12 leaves the process in the locale "C", in which Python 3.10 takes text files for ASCII."""
-    before = locale.setlocale(locale.LC_ALL)
+    """NVRTC of CUDA 12 leaves this thread in the locale "C", in which Python takes text files for ASCII."""
+    if os.name != "posix":
+        yield
+        return
+    select = ctypes.CDLL(None).uselocale  # POSIX.1-2008; gives the one before, and changes nothing for NULL
+    select.restype, select.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    before = select(None)
     try:
         yield
     finally:
-        locale.setlocale(locale.LC_ALL, before)
+        select(before)
 
 
 def _compiled(nvrtc: Any, program: Any, options: Sequence[str]) -> bytes:

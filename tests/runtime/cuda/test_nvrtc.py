@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import locale
 import struct
@@ -48,22 +49,28 @@ def test_compiled_once_in_a_process() -> None:
 
 @pytest.mark.parametrize("source", ['extern "C" __global__ void k() {}', "refused"])
 def test_the_locale_stays_as_it_is(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVRTC 12.4 sets it to "C" while it compiles; so does this fake step in front of it, whatever the version."""
+    """NVRTC 12.4 sets the thread's to "C" when it compiles; so does this step in front of it, whatever the version."""
+    libc = ctypes.CDLL(None)
+    libc.newlocale.restype = libc.uselocale.restype = ctypes.c_void_p
     compiled = nvrtc_module._compiled
 
+    def select(name: bytes) -> None:
+        libc.uselocale(ctypes.c_void_p(libc.newlocale(1 << locale.LC_CTYPE, name, None)))
+
     def rude(*arguments: Any) -> bytes:
-        locale.setlocale(locale.LC_ALL, "C")
+        select(b"C")
+        assert locale.nl_langinfo(locale.CODESET) != "UTF-8"
         return compiled(*arguments)
 
     monkeypatch.setattr(nvrtc_module, "_compiled", rude)
-    before = locale.setlocale(locale.LC_ALL)
+    before = ctypes.c_void_p(libc.uselocale(None))
+    select(b"C.UTF-8")
     try:
-        locale.setlocale(locale.LC_CTYPE, "C.UTF-8")
         with nullcontext() if source != "refused" else pytest.raises(DeviceError):
             cubin(f"// locale\n{source}", "sm86")
-        assert locale.setlocale(locale.LC_CTYPE) == "C.UTF-8"
+        assert locale.nl_langinfo(locale.CODESET) == "UTF-8"
     finally:
-        locale.setlocale(locale.LC_ALL, before)
+        libc.uselocale(before)
 
 
 def test_defines_reach_the_source() -> None:
