@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,15 +57,18 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, in_process: None) -> FakeGpu:
+def gpu(monkeypatch: pytest.MonkeyPatch, in_process: None) -> Iterator[FakeGpu]:
     """A fake GPU with a fake TensorRT, in place of what is or is not here."""
     from edgewright.runtime import backends, cuda
     from fake_gpu import ORIN, FakeGpu
 
-    fake = FakeGpu()
-    for name in list(backends.BACKENDS):
-        if name != "onnxruntime":
-            monkeypatch.delitem(backends.BACKENDS, name)
-    monkeypatch.setitem(backends.BACKENDS, "tensorrt", fake)
+    fake, before = FakeGpu(), dict(backends.BACKENDS)
     monkeypatch.setattr(cuda, "device_here", lambda: ORIN)
-    return fake
+    _replace(backends.BACKENDS, {"onnxruntime": before["onnxruntime"], "tensorrt": fake})
+    yield fake
+    _replace(backends.BACKENDS, before)  # monkeypatch would put them back in another order
+
+
+def _replace(target: dict[str, Any], content: Mapping[str, Any]) -> None:
+    target.clear()
+    target.update(content)
