@@ -12,7 +12,9 @@ from typing import ClassVar
 
 from ..audit import audited, deviations, shares_of_work
 from ..errors import BuildError
-from ..specs import BatchProfile, Kernel, LayerPrecision, PlannedLayer, TensorSpec
+from ..files import sha256_of
+from ..preprocess import Preprocess
+from ..specs import BatchProfile, EngineInfo, Kernel, LayerPrecision, PlannedLayer, TensorSpec
 from .runner import Runner
 
 __all__ = ["Absence", "Backend", "BuildRequest", "Built", "Compiled"]
@@ -80,6 +82,36 @@ class Built:
 
     compiled: Compiled
     layers: tuple[LayerPrecision, ...]
+
+    def info(
+        self,
+        backend: str,
+        precision: str,
+        target: str | None,
+        *,
+        preprocess: Preprocess,
+        labels: tuple[str, ...],
+        onnx_sha256: str,
+    ) -> EngineInfo:
+        """What stands beside the engine; `onnx_sha256` is that of the graph it was built from."""
+        compiled = self.compiled
+        return EngineInfo(
+            backend=backend,
+            precision=precision,
+            target=target,
+            inputs=compiled.inputs,
+            outputs=compiled.outputs,
+            preprocess=preprocess,
+            labels=labels,
+            onnx_sha256=onnx_sha256,
+            engine_sha256=sha256_of(compiled.engine),
+            bytes=len(compiled.engine),
+            layers=self.layers,
+            kernels=compiled.kernels,
+            profile=compiled.profile,
+            versions=compiled.versions,
+            dla=compiled.dla,
+        )
 
 
 class Backend(ABC):

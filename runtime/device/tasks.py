@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..backends import Backend, BuildRequest, Built, backend_named
+from ..backends import Backend, BuildRequest, backend_named
 from ..bundle import Bundle, open_bundle
 from ..bundle.spec import BundledGraph, BundleSpec
 from ..engine_files import verified_bytes
@@ -73,7 +73,15 @@ class BuildTask:
         write_bytes(Path(self.staging) / STAGED_ENGINE, built.compiled.engine)
         if built.compiled.timing_cache:
             write_bytes(Path(self.staging) / STAGED_TIMING, built.compiled.timing_cache)
-        return {"info": self._info(built, sha256_of(content), spec).to_json()}
+        info = built.info(
+            self.backend,
+            self.precision,
+            self.architecture,
+            preprocess=spec.preprocess,
+            labels=spec.labels,
+            onnx_sha256=sha256_of(content),
+        )
+        return {"info": info.to_json()}
 
     def _request(self, content: bytes, graph: BundledGraph, spec: BundleSpec) -> BuildRequest:
         timing = Path(self.timing)
@@ -86,26 +94,6 @@ class BuildTask:
             self.settings.workspace or _default_workspace(self.architecture),
             self.settings.dla,
             timing.read_bytes() if timing.is_file() else b"",
-        )
-
-    def _info(self, built: Built, onnx_sha256: str, spec: BundleSpec) -> EngineInfo:
-        compiled = built.compiled
-        return EngineInfo(
-            backend=self.backend,
-            precision=self.precision,
-            target=self.architecture,
-            inputs=compiled.inputs,
-            outputs=compiled.outputs,
-            preprocess=spec.preprocess,
-            labels=spec.labels,
-            onnx_sha256=onnx_sha256,
-            engine_sha256=sha256_of(compiled.engine),
-            bytes=len(compiled.engine),
-            layers=built.layers,
-            kernels=compiled.kernels,
-            profile=compiled.profile,
-            versions=compiled.versions,
-            dla=compiled.dla,
         )
 
 

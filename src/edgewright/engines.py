@@ -12,12 +12,11 @@ from edgewright.context import Options, RunContext
 from edgewright.graphs import NVIDIA_DIALECTS, Graphs
 from edgewright.outcome import EngineRow
 from edgewright.runtime.audit import shares_of_work
-from edgewright.runtime.backends import BACKENDS, Absence, Backend, BuildRequest, Built
+from edgewright.runtime.backends import BACKENDS, Absence, Backend, BuildRequest
 from edgewright.runtime.choice import REPORT_FILE
 from edgewright.runtime.engine_files import ENGINES_FOLDER
 from edgewright.runtime.errors import BuildError, CalibrationError, QuantizationError
-from edgewright.runtime.files import read_json, sha256_of, write_bytes, write_json
-from edgewright.runtime.preprocess import Preprocess
+from edgewright.runtime.files import read_json, write_bytes, write_json
 from edgewright.runtime.specs import EngineInfo, OnnxArtifact, PlannedLayer
 from edgewright.workspace import machine, source_hash
 
@@ -123,7 +122,14 @@ class Engines:
                     timing_cache.read_bytes() if timing_cache.is_file() else b"",
                 )
             )
-            info = _info(backend, precision, target, graph, self._context.preprocess, built)
+            info = built.info(
+                backend.name,
+                precision,
+                target,
+                preprocess=self._context.preprocess,
+                labels=graph.labels,
+                onnx_sha256=graph.sha256,
+            )
             write_bytes(workspace.path(files[0]), built.compiled.engine)
             write_json(workspace.path(files[1]), info.to_json())
             if built.compiled.timing_cache:
@@ -170,26 +176,3 @@ def planned_in(graph: bytes, precision: str) -> tuple[PlannedLayer, ...]:
 
     layers = planned_layers(ir.from_proto(onnx.load_from_string(graph)))
     return tuple(replace(layer, precision="bf16") for layer in layers) if precision == "bf16" else layers
-
-
-def _info(
-    backend: Backend, precision: str, target: str | None, graph: OnnxArtifact, preprocess: Preprocess, built: Built
-) -> EngineInfo:
-    compiled = built.compiled
-    return EngineInfo(
-        backend=backend.name,
-        precision=precision,
-        target=target,
-        inputs=compiled.inputs,
-        outputs=compiled.outputs,
-        preprocess=preprocess,
-        labels=graph.labels,
-        onnx_sha256=graph.sha256,
-        engine_sha256=sha256_of(compiled.engine),
-        bytes=len(compiled.engine),
-        layers=built.layers,
-        kernels=compiled.kernels,
-        profile=compiled.profile,
-        versions=compiled.versions,
-        dla=compiled.dla,
-    )

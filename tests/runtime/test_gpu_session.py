@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from edgewright.runtime.files import write_json
 from gpu_tensors import DlpackTensor, lent
 from host_cuda import HostCuda
 from resize_on_host import host_cubin
-from stand_in_runs import DRIVERS, stand_in
+from stand_in_runs import DRIVERS, failures_in_threads, stand_in
 from stand_in_tensorrt import StandInTensorRt
 from toy_build import expected_logits, normal, photograph, put_engine
 
@@ -72,27 +71,18 @@ def test_a_session_on_the_gpu_answers_as_numpy_does(build: Path) -> None:
 
 
 def test_a_pool_of_eight_threads(build: Path, trt: StandInTensorRt) -> None:
-    failed: list[BaseException] = []
     with SessionPool(build, size=8) as pool:
         assert (trt.live["Engine"], trt.live["Context"]) == (1, 8)
 
         def work(index: int) -> None:
-            try:
-                for turn in range(15):
-                    batch = normal(f"{index} {turn}", 1 + turn // 3 % 9, 3, 8, 8)
-                    with pool.session() as session:
-                        check(session.infer(batch), batch)
-                        session.submit(batch)
-                        check(session.result(), batch)
-            except BaseException as error:
-                failed.append(error)
+            for turn in range(15):
+                batch = normal(f"{index} {turn}", 1 + turn // 3 % 9, 3, 8, 8)
+                with pool.session() as session:
+                    check(session.infer(batch), batch)
+                    session.submit(batch)
+                    check(session.result(), batch)
 
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert failed == []
+        assert failures_in_threads(work) == []
 
 
 def test_a_pool_that_cannot_be_filled_leaves_nothing(build: Path, trt: StandInTensorRt, host_cuda: HostCuda) -> None:

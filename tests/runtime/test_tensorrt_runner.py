@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +26,7 @@ from edgewright.runtime.errors import (
 from edgewright.runtime.specs import TensorSpec
 from gpu_tensors import DefaultStreamTensor, DlpackTensor, InterfaceTensor, lent
 from host_cuda import HostCuda
-from stand_in_runs import DRIVERS, GRAPH, LARGEST, SMALLEST, images, opened, reference, stand_in
+from stand_in_runs import DRIVERS, GRAPH, LARGEST, SMALLEST, failures_in_threads, images, opened, reference, stand_in
 from stand_in_tensorrt import StandInTensorRt
 from tensorrt_graphs import graph, half_arrays, serialized
 
@@ -371,22 +370,14 @@ def test_siblings_share_the_engine_and_are_closed_on_their_own(trt: StandInTenso
 def test_eight_threads_with_a_sibling_each(trt: StandInTensorRt, driver: str) -> None:
     first = opened(trt, driver)
     runners = [first, *(first.sibling() for _ in range(7))]
-    failed: list[BaseException] = []
 
     def work(index: int) -> None:
-        try:
-            for turn in range(12):
-                batch = images(1 + (index + turn) // 4 % 9, index)
-                runners[index].submit({"x": batch})
-                np.testing.assert_allclose(runners[index].result()["y"], reference(batch), rtol=1e-5, atol=1e-6)
-        except BaseException as error:
-            failed.append(error)
+        for turn in range(12):
+            batch = images(1 + (index + turn) // 4 % 9, index)
+            runners[index].submit({"x": batch})
+            np.testing.assert_allclose(runners[index].result()["y"], reference(batch), rtol=1e-5, atol=1e-6)
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    failed = failures_in_threads(work)
     for runner in runners:
         runner.close()
     assert failed == []

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,17 @@ from edgewright.runtime.cuda import open_driver
 from stand_in_tensorrt import StandInTensorRt
 from tensorrt_graphs import graph, normal
 
-__all__ = ["DRIVERS", "GRAPH", "LARGEST", "SMALLEST", "images", "opened", "reference", "stand_in"]
+__all__ = [
+    "DRIVERS",
+    "GRAPH",
+    "LARGEST",
+    "SMALLEST",
+    "failures_in_threads",
+    "images",
+    "opened",
+    "reference",
+    "stand_in",
+]
 
 SMALLEST, LARGEST = 2, 8
 GRAPH = graph("fp32")
@@ -48,6 +60,24 @@ def opened(
     opened_driver: Any = open_driver(driver)
     opened_driver.captures = opened_driver.captures and captures
     return TensorRtRunner(LoadedEngine(package, engine, opened_driver, kernels))
+
+
+def failures_in_threads(work: Callable[[int], None], count: int = 8) -> list[BaseException]:
+    """What `work` raised; it is called with 0, 1, … in as many threads at the same time."""
+    failed: list[BaseException] = []
+
+    def run(index: int) -> None:
+        try:
+            work(index)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failed
 
 
 @functools.cache
