@@ -158,7 +158,7 @@ class Preprocess:
 def _made_up(height: int, width: int) -> NDArray[np.uint8]:
     """A picture of noise between smooth columns, uint8 `[H, W, 3]`; from integers alone, so the same on any machine."""
     index = np.arange(MADE_UP_TILE**2 * 3, dtype=np.uint32)
-    noise = (index * np.uint32(2654435761) >> np.uint32(13)).astype(np.uint8)  # Knuth's multiplicative hash
+    noise = (index * np.uint32(2654435761) >> np.uint32(13)).astype(np.uint8)  # Knuth, TAOCP 3, 6.4
     repeats = (-(-height // MADE_UP_TILE), -(-width // MADE_UP_TILE), 1)
     picture = np.tile(noise.reshape(MADE_UP_TILE, MADE_UP_TILE, 3), repeats)[:height, :width]
     picture[:, ::3] = (np.arange(height) * 255 // height)[:, None, None]
