@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from edgewright.calibration.observers import observer_outputs, with_observers
 from edgewright.calibration.ranges import (
+    AUTO,
     METHODS,
     Histogram,
     Range,
     Transfer,
+    best_range,
     mse_range,
     symmetric,
     symmetric_mse_range,
@@ -55,25 +57,19 @@ class CalibrationTable:
         *,
         signed: bool = False,
     ) -> dict[str, Range]:
-        """A range by `method`, one of `METHODS`, for each tensor or those in `names`.
+        """A range by `method`, one of `METHODS` or `AUTO`, for each tensor or those in `names`.
 
-        `transfers` names tensors that only an elementwise function reads; the method "mse" measures behind it.
+        `transfers` names tensors that only an elementwise function reads; "mse" and `AUTO` measure behind it.
         `signed` ranges are symmetric, for S8 with zero-point 0.
         Raises `CalibrationError` for another method, or a tensor that was not measured.
         """
-        choose = METHODS.get(method)
-        if choose is None:
-            raise CalibrationError(f"unknown range method {method!r}", f"choose one of {', '.join(METHODS)}")
+        if method != AUTO and method not in METHODS:
+            raise CalibrationError(f"unknown range method {method!r}", f"choose one of {', '.join((AUTO, *METHODS))}")
         wanted = self.histograms if names is None else {name: self._histogram(name) for name in names}
-        if signed:
-            choose = symmetric_mse_range if method == "mse" else choose
-            return {name: symmetric(choose(histogram)) for name, histogram in wanted.items()}
-        ranges = {}
-        for name, histogram in wanted.items():
-            transfer = (transfers or {}).get(name) if method == "mse" else None
-            chosen = mse_range(histogram, transfer) if transfer is not None else choose(histogram)
-            ranges[name] = chosen.with_zero()
-        return ranges
+        return {
+            name: _range_by(method, histogram, (transfers or {}).get(name), signed=signed)
+            for name, histogram in wanted.items()
+        }
 
     def _histogram(self, name: str) -> Histogram:
         if name not in self.histograms:
@@ -94,6 +90,18 @@ class CalibrationTable:
         """The inverse of `to_json`."""
         histograms = {name: Histogram.from_json(tensor) for name, tensor in content["tensors"].items()}
         return cls(content["identity"], content["samples"], histograms)
+
+
+def _range_by(method: str, histogram: Histogram, transfer: Transfer | None, *, signed: bool) -> Range:
+    if method == AUTO:
+        return best_range(histogram, transfer, signed=signed)
+    if signed:
+        chosen = symmetric_mse_range(histogram) if method == "mse" else symmetric(METHODS[method](histogram))
+    elif method == "mse":
+        chosen = mse_range(histogram, transfer).with_zero()
+    else:
+        chosen = METHODS[method](histogram).with_zero()
+    return replace(chosen, method=method)
 
 
 def batch_size(model: ir.Model) -> int:

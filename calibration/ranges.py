@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from numpy.typing import NDArray
 from edgewright.runtime.errors import CalibrationError
 
 __all__ = [
+    "AUTO",
     "METHODS",
     "Histogram",
     "Range",
     "Transfer",
+    "best_range",
     "entropy_range",
     "minmax_range",
     "mse_range",
@@ -34,20 +37,26 @@ HALF_BINS = 4096
 SMALLEST_EXPONENT = -126 - 12  # bins of the smallest normal float32: below, values count as 0
 UINT8_LEVELS = 256
 DEFAULT_PERCENTILE = 99.99
+AUTO = "auto"
+"""Each tensor by the method that errs least there: see `best_range`."""
 SHARES = np.concatenate([np.linspace(1.0, 0.5, 26), np.linspace(0.48, 0.02, 24)])
 """Of the largest magnitude: where the search for the least error looks for the end of a range."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The interval that the integers cover, in the unit of the activation; values beyond it saturate."""
+    """The interval that the integers cover, in the unit of the activation; values beyond it saturate.
+
+    * method: what chose it, one of `METHODS`, "" if nobody said; two intervals are equal if their ends are
+    """
 
     low: float
     high: float
+    method: str = field(default="", compare=False)
 
     def with_zero(self) -> Range:
         """Widened to hold 0, which must be exact: padding and ReLU produce it."""
-        return Range(min(self.low, 0.0), max(self.high, 0.0))
+        return replace(self, low=min(self.low, 0.0), high=max(self.high, 0.0))
 
 
 @dataclass
@@ -170,7 +179,7 @@ def symmetric(interval: Range) -> Range:
     so that what measures errors in the one measures them in the other.
     """
     step = max(-interval.low / 128, interval.high / 127)
-    return Range(-128 * step, 127 * step)
+    return replace(interval, low=-128 * step, high=127 * step)
 
 
 def symmetric_mse_range(histogram: Histogram) -> Range:
@@ -244,6 +253,27 @@ def _divergence(magnitudes: NDArray[np.int64], bins: int, levels: int) -> float:
 METHODS: dict[str, RangeMethod] = {
     "minmax": minmax_range,
     "percentile": percentile_range,
+    **{f"percentile-{share}": partial(percentile_range, percentile=share) for share in (99.9, 99.999, 99.9999)},
     "entropy": entropy_range,
     "mse": mse_range,
 }
+"""By the names that a person writes; "percentile" alone is that of `DEFAULT_PERCENTILE`."""
+
+
+def best_range(histogram: Histogram, transfer: Transfer | None = None, *, signed: bool = False) -> Range:
+    """Of the ranges that all `METHODS` give, the one with the least mean squared error behind `transfer`.
+
+    Of equal ones the first in the order of `METHODS`. `signed` ranges are symmetric, for S8 with zero-point 0.
+    """
+    values, counts = histogram.occupied()
+
+    def candidate(name: str, method: RangeMethod) -> Range:
+        if signed:
+            return replace(
+                symmetric_mse_range(histogram) if name == "mse" else symmetric(method(histogram)), method=name
+            )
+        chosen = mse_range(histogram, transfer) if name == "mse" else method(histogram)
+        return replace(chosen.with_zero(), method=name)
+
+    candidates = [candidate(name, method) for name, method in METHODS.items()]
+    return min(candidates, key=lambda interval: squared_error(values, counts, interval, transfer))

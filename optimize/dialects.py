@@ -8,23 +8,29 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from edgewright.calibration.collect import CalibrationTable
-from edgewright.calibration.ranges import silu
+from edgewright.calibration.ranges import AUTO, Range, silu
 from edgewright.optimize.cast_fp16 import CastResult, cast_fp16
 from edgewright.optimize.lint import check
-from edgewright.optimize.plan import COMPUTE_OPERATORS, QuantPlan, plan_for_cpu
+from edgewright.optimize.plan import COMPUTE_OPERATORS, NOTHING_LEFT_OUT, QuantPlan, plan_for_cpu
 from edgewright.optimize.plan_openvino import plan_for_openvino
 from edgewright.optimize.plan_tensorrt import plan_for_rtx, plan_for_tensorrt
 from edgewright.optimize.quantize import quantize_for_cpu
 from edgewright.optimize.quantize_tensorrt import float_weights, quantize_for_tensorrt
+from edgewright.optimize.repairs import Repairs, with_bias_shifts
+from edgewright.optimize.simulate import signed_to_unsigned
 from edgewright.optimize.window_pooling import window_pooling
 
-__all__ = ["DIALECTS", "Quantized", "half_graph", "quantized_graph"]
+__all__ = ["DIALECTS", "Quantized", "Quantizer", "half_graph", "quantized_graph"]
+
+Planner = Callable[[ir.Model, Container[str] | None, Mapping[str, str]], QuantPlan]
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class NvidiaDialect:
     * parsers: the versions whose rules the graph must keep (see `optimize/lint.py`)
     """
 
-    plan: Callable[[ir.Model, Container[str] | None], QuantPlan]
+    plan: Planner
     per_channel: bool
     parsers: tuple[str, ...]
 
@@ -43,7 +49,7 @@ NVIDIA = {
     "tensorrt": NvidiaDialect(plan_for_tensorrt, True, ("10.3", "10.13", "10.16", "11")),
     "rtx": NvidiaDialect(plan_for_rtx, False, ("rtx",)),
 }
-CPU = {"cpu": plan_for_cpu, "openvino": plan_for_openvino}
+CPU: dict[str, Planner] = {"cpu": plan_for_cpu, "openvino": plan_for_openvino}
 DIALECTS = (*CPU, *NVIDIA)
 
 
@@ -72,27 +78,104 @@ def half_graph(model: ir.Model, table: CalibrationTable) -> CastResult:
     return result
 
 
-def quantized_graph(
-    dialect: str, model: ir.Model, table: CalibrationTable, *, method: str = "mse", remainder: str = "fp16"
-) -> Quantized:
-    """Folded FP32 `model` with Q/DQ in one of `DIALECTS`; `method` chooses the ranges.
+class Quantizer:
+    """Writes one network in one of `DIALECTS`, as a whole or with some of its layers left in float.
 
-    `remainder`, "fp16" or "fp32", is what NVIDIA's targets run the other layers in; on a CPU it is FP32.
-    Raises `QuantizationError` if the graph cannot be quantized, or if its target could not read it.
+    * model: folded FP32; table: what was measured of its activations
+    * method: chooses the ranges, which are chosen once
+    * remainder: "fp16" or "fp32", what NVIDIA's targets run the other layers in; on a CPU it is FP32
+    * repairs: what is mended in the layers that are INT8
     """
-    if dialect in CPU:
-        plan = CPU[dialect](model, table.histograms)
-        ranges = table.ranges(method, plan.activations, dict.fromkeys(plan.silu_inputs, silu))
-        return Quantized(quantize_for_cpu(model, plan, ranges), plan)
-    nvidia = NVIDIA[dialect]
-    plan = nvidia.plan(model, table.histograms)  # before the pooling of a gate looks like any other
-    pooled = window_pooling(model).model
-    ranges = table.ranges(method, plan.activations, signed=True)
-    rest, plan = _with_remainder(pooled, plan, table, remainder)
-    quantized = quantize_for_tensorrt(rest, plan, ranges, float_weights(pooled), per_channel=nvidia.per_channel)
-    for parser in nvidia.parsers:
-        check(quantized, parser)
-    return Quantized(quantized, plan)
+
+    def __init__(
+        self,
+        dialect: str,
+        model: ir.Model,
+        table: CalibrationTable,
+        *,
+        method: str = AUTO,
+        remainder: str = "fp16",
+        repairs: Repairs | None = None,
+    ) -> None:
+        self.dialect = dialect
+        self.model = model
+        self.table = table
+        self.method = method
+        self.remainder = remainder
+        self.repairs = repairs or Repairs()
+
+    @functools.cached_property
+    def plan(self) -> QuantPlan:
+        """What can be INT8 at all in this dialect."""
+        return self._plan(NOTHING_LEFT_OUT)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The convolutions and matrix products that can be INT8, in their order."""
+        decisions = self.plan.nodes_in("int8")
+        return tuple(decision.node for decision in decisions if decision.operator in COMPUTE_OPERATORS)
+
+    @functools.cached_property
+    def ranges(self) -> Mapping[str, Range]:
+        """Of all activations of `plan`."""
+        transfers = dict.fromkeys(self.plan.silu_inputs, silu)
+        return self.table.ranges(self.method, self.plan.activations, transfers, signed=self.dialect in NVIDIA)
+
+    def repaired(self, repairs: Repairs) -> Quantizer:
+        """The same with other repairs, and the ranges that were chosen already."""
+        other = copy.copy(self)
+        _ = self.ranges
+        other.__dict__.update(self.__dict__)
+        other.repairs = repairs
+        return other
+
+    def quantized(self, left_out: Mapping[str, str] = NOTHING_LEFT_OUT) -> Quantized:
+        """The graph with Q/DQ; `left_out`: layers that stay float, and why.
+
+        Raises `QuantizationError` if the graph cannot be quantized, or if its target could not read it.
+        """
+        quantized = self._written(left_out, self.remainder)
+        for parser in NVIDIA[self.dialect].parsers if self.dialect in NVIDIA else ():
+            check(quantized.model, parser)
+        return quantized
+
+    def runnable(self, left_out: Mapping[str, str] = NOTHING_LEFT_OUT) -> ir.Model:
+        """The same for onnxruntime on this CPU: same integers and scales in U8, what is not INT8 in FP32."""
+        written = self._written(left_out, "fp32").model
+        return signed_to_unsigned(written) if self.dialect in NVIDIA else written
+
+    def _plan(self, left_out: Mapping[str, str]) -> QuantPlan:
+        planner = CPU[self.dialect] if self.dialect in CPU else NVIDIA[self.dialect].plan
+        return planner(self.model, self.table.histograms, left_out)
+
+    def _written(self, left_out: Mapping[str, str], remainder: str) -> Quantized:
+        plan = self._plan(left_out) if left_out else self.plan
+        integer = {decision.node for decision in plan.nodes_in("int8")}
+        shifts = {node: shift for node, shift in self.repairs.bias_shifts.items() if node in integer}
+        model = with_bias_shifts(self.model, shifts) if shifts else self.model
+        if self.dialect in CPU:
+            return Quantized(quantize_for_cpu(model, plan, self.ranges, self.repairs.integers), plan)
+        nvidia = NVIDIA[self.dialect]
+        pooled = window_pooling(
+            model
+        ).model  # behind the plan, for which the pooling of a gate would look like any other
+        rest, plan = _with_remainder(pooled, plan, self.table, remainder)
+        quantized = quantize_for_tensorrt(
+            rest,
+            plan,
+            self.ranges,
+            float_weights(pooled),
+            self.repairs.integers,
+            per_channel=nvidia.per_channel,
+        )
+        return Quantized(quantized, plan)
+
+
+def quantized_graph(
+    dialect: str, model: ir.Model, table: CalibrationTable, *, method: str = AUTO, remainder: str = "fp16"
+) -> Quantized:
+    """Folded FP32 `model` with Q/DQ in one of `DIALECTS`, as far as it can be INT8; see `Quantizer`."""
+    return Quantizer(dialect, model, table, method=method, remainder=remainder).quantized()
 
 
 def _with_remainder(

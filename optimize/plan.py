@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -16,6 +17,7 @@ from edgewright.calibration.observers import clamp_limits
 
 __all__ = [
     "COMPUTE_OPERATORS",
+    "NOTHING_LEFT_OUT",
     "VALUE_KEEPING",
     "Decision",
     "QuantPlan",
@@ -35,6 +37,7 @@ VALUE_KEEPING = ("MaxPool", "Reshape", "Flatten", "Transpose")
 GATE_ENDS = ("Sigmoid", "HardSigmoid", "Clip")
 GATE_PARTS = ("Conv", "Gemm", "MatMul", "Add", "Mul", "Relu", "Sigmoid", "HardSigmoid", "Clip", "Reshape", "Flatten")
 POOLS = ("GlobalAveragePool", "ReduceMean")
+NOTHING_LEFT_OUT: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,13 @@ class QuantPlan:
         }
 
 
-def plan_for_cpu(model: ir.Model, measured: Container[str] | None = None) -> QuantPlan:
+def plan_for_cpu(
+    model: ir.Model, measured: Container[str] | None = None, left_out: Mapping[str, str] = NOTHING_LEFT_OUT
+) -> QuantPlan:
     """A plan for folded `model` (FP32, batch normalization gone), for onnxruntime on the CPU.
 
     `measured` names the activations that the calibration could measure, None for all; what needs another stays float.
+    `left_out`: layers that are to stay float though they could be INT8, and why.
     """
     gates = dict(gate_nodes(model.graph))
     decisions: list[Decision] = []
@@ -86,6 +92,8 @@ def plan_for_cpu(model: ir.Model, measured: Container[str] | None = None) -> Qua
     outputs = set(model.graph.outputs)
     for node in model.graph:
         precision, reason = _decide(node, gates, activations)
+        if precision == "int8" and node.name in left_out:
+            precision, reason = "fp32", left_out[str(node.name)]
         if precision is None:
             continue
         tensors = _quantized_tensors(node, outputs) if precision == "int8" else ()

@@ -11,22 +11,25 @@ kernel more for 12 of its 16 additions, and a tenth more time.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import onnx_ir as ir
 
-from edgewright.optimize.plan import QuantPlan, activation_inputs, plan_for_cpu
+from edgewright.optimize.plan import NOTHING_LEFT_OUT, QuantPlan, activation_inputs, plan_for_cpu
 
 __all__ = ["plan_for_openvino"]
 
 
-def plan_for_openvino(model: ir.Model, measured: Container[str] | None = None) -> QuantPlan:
+def plan_for_openvino(
+    model: ir.Model, measured: Container[str] | None = None, left_out: Mapping[str, str] = NOTHING_LEFT_OUT
+) -> QuantPlan:
     """The decisions of `plan_for_cpu`, without the activations that only nodes in floating point read.
 
     `measured` names the activations that the calibration could measure, None for all; what needs another stays float.
+    `left_out`: layers that are to stay float though they could be INT8, and why.
     """
-    plan = plan_for_cpu(model, measured)
+    plan = plan_for_cpu(model, measured, left_out)
     integer_nodes = {decision.node for decision in plan.nodes_in("int8")}
     read = {value.name for node in model.graph if node.name in integer_nodes for value in activation_inputs(node)}
     return replace(

@@ -16,12 +16,13 @@ its own. Every pair elsewhere is one more kernel with the traffic of a whole ten
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 import onnx_ir as ir
 
 from edgewright.optimize.plan import (
     COMPUTE_OPERATORS,
+    NOTHING_LEFT_OUT,
     Decision,
     QuantPlan,
     constant_weight,
@@ -38,15 +39,19 @@ NOT_ABSORBED = ("Sigmoid", "HardSigmoid", "HardSwish", "Mul", "Div", "Tanh", "Le
 """Elementwise operators that TensorRT-RTX fuses with an FP16 convolution, but not with an INT8 one."""
 
 
-def plan_for_tensorrt(model: ir.Model, measured: Container[str] | None = None) -> QuantPlan:
+def plan_for_tensorrt(
+    model: ir.Model, measured: Container[str] | None = None, left_out: Mapping[str, str] = NOTHING_LEFT_OUT
+) -> QuantPlan:
     """A plan for folded FP32 `model` by NVIDIA's rules: what is not "int8" in it is the remainder.
 
     `measured` names the activations that the calibration could measure, None for all; what needs another stays float.
+    `left_out`: layers that are to stay float though they could be INT8, and why.
     """
     plan = _Plan(model, measured)
     for node in model.graph:
         if node.op_type in COMPUTE_OPERATORS:
-            plan.decide(node, plan.obstacle(node) or _too_little_work(node))
+            obstacle = plan.obstacle(node) or _too_little_work(node)
+            plan.decide(node, obstacle or left_out.get(str(node.name), ""))
     for node in model.graph:
         branch = _identity_branch(node) if node.op_type == "Add" else None
         if branch is not None and plan.holds_integer_convolution(node, branch):
@@ -54,13 +59,17 @@ def plan_for_tensorrt(model: ir.Model, measured: Container[str] | None = None) -
     return plan.finished()
 
 
-def plan_for_rtx(model: ir.Model, measured: Container[str] | None = None) -> QuantPlan:
+def plan_for_rtx(
+    model: ir.Model, measured: Container[str] | None = None, left_out: Mapping[str, str] = NOTHING_LEFT_OUT
+) -> QuantPlan:
     """A plan for folded FP32 `model` in which INT8 costs no kernel beyond those of FP16; see `plan_for_tensorrt`."""
     plan = _Plan(model, measured)
     products = _gated_maps(model.graph)
     for node in model.graph:
         if node.op_type in COMPUTE_OPERATORS:
-            plan.decide(node, plan.obstacle(node) or _costs_a_kernel(node, products))
+            plan.decide(
+                node, plan.obstacle(node) or _costs_a_kernel(node, products) or left_out.get(str(node.name), "")
+            )
     return plan.finished()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +20,7 @@ from edgewright.optimize.plan import QuantPlan
 from edgewright.runtime.errors import QuantizationError
 
 __all__ = [
+    "NEAREST",
     "QParams",
     "asymmetric_u8",
     "channel_axis",
@@ -34,6 +36,9 @@ __all__ = [
 SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 SMALLEST_HALF = float(np.finfo(np.float16).smallest_normal)
 """Of the scales in FP16: below, the reciprocal that a kernel multiplies with would not be finite in FP16."""
+
+NEAREST: Mapping[str, NDArray[np.int8]] = MappingProxyType({})
+"""Integers by the names of layers: none are given, so that all weights go to the nearest ones."""
 
 
 @dataclass(frozen=True)
@@ -126,11 +131,21 @@ def channel_axis(node: ir.Node, rank: int) -> int:
     return {"Conv": 0, "ConvTranspose": 1, "MatMul": rank - 1}[node.op_type]
 
 
-def dequantized_weight(graph: ir.Graph, node: ir.Node, weight: NDArray[np.float32], params: QParams) -> None:
-    """Gives `node` its `weight` as an INT8 initializer behind DequantizeLinear; a float one without readers goes."""
+def dequantized_weight(
+    graph: ir.Graph,
+    node: ir.Node,
+    weight: NDArray[np.float32],
+    params: QParams,
+    rounded: NDArray[np.int8] | None = None,
+) -> None:
+    """Gives `node` its `weight` as an INT8 initializer behind DequantizeLinear; a float one without readers goes.
+
+    `rounded` are the integers to take, None for the nearest ones.
+    """
     value = node.inputs[1]
     assert value is not None
-    integers = _initializer(graph, f"{value.name}::int8::{node.name}", quantize(weight, params))
+    content = quantize(weight, params) if rounded is None else rounded
+    integers = _initializer(graph, f"{value.name}::int8::{node.name}", content)
     dequantized = _dequantize_node(graph, integers, params, f"{node.name}::weight")
     result = dequantized.outputs[0]
     result.shape, result.dtype = ir.Shape(weight.shape), ir.DataType.from_numpy(params.scale.dtype)

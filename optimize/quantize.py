@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from edgewright.calibration.ranges import Range
 from edgewright.optimize.plan import COMPUTE_OPERATORS, VALUE_KEEPING, QuantPlan, clamped_output, constant_weight
 from edgewright.optimize.qdq import (
+    NEAREST,
     QParams,
     asymmetric_u8,
     channel_axis,
@@ -32,8 +33,15 @@ BIAS_LIMIT = 2**30
 """Half of an int32: rounding of the bias in float32 and the products that are added to it fit into the other half."""
 
 
-def quantize_for_cpu(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, Range]) -> ir.Model:
+def quantize_for_cpu(
+    model: ir.Model,
+    plan: QuantPlan,
+    ranges: Mapping[str, Range],
+    rounded: Mapping[str, NDArray[np.int8]] = NEAREST,
+) -> ir.Model:
     """A copy of FP32 `model` with Q/DQ where `plan` says so; `ranges` per activation tensor.
+
+    `rounded`: by the names of layers the integers of their weights, where they are not the nearest ones.
 
     Raises `QuantizationError` if a range is missing, a weight is not finite, or nodes share a name.
     """
@@ -47,7 +55,7 @@ def quantize_for_cpu(model: ir.Model, plan: QuantPlan, ranges: Mapping[str, Rang
             _share_params(node, params)
     for node in tuple(graph):
         if node.name in integer_nodes and node.op_type in COMPUTE_OPERATORS:
-            _quantize_weight(graph, node, params)
+            _quantize_weight(graph, node, params, rounded.get(str(node.name)))
             if node.op_type == "Gemm" and str(clamped_output(node).name) not in params:
                 _add_bias_apart(graph, node)
     values = {value.name: value for value in graph.inputs}
@@ -68,7 +76,9 @@ def _share_params(node: ir.Node, params: dict[str, QParams]) -> None:
         params[str(result.name)] = params[str(source.name)]
 
 
-def _quantize_weight(graph: ir.Graph, node: ir.Node, params: Mapping[str, QParams]) -> None:
+def _quantize_weight(
+    graph: ir.Graph, node: ir.Node, params: Mapping[str, QParams], rounded: NDArray[np.int8] | None
+) -> None:
     value = constant_weight(node)
     assert value is not None, "the plan leaves computed weights in float"
     assert value.const_value is not None
@@ -80,7 +90,7 @@ def _quantize_weight(graph: ir.Graph, node: ir.Node, params: Mapping[str, QParam
         weight_params = weight_s8(weight, channel_axis(node, weight.ndim), floor)
     except QuantizationError as error:
         raise QuantizationError(f"{node.name}: {error.message}", error.remedy) from None
-    dequantized_weight(graph, node, weight, weight_params)
+    dequantized_weight(graph, node, weight, weight_params, rounded)
 
 
 def _bias_floor(node: ir.Node, source: QParams) -> NDArray[np.float64] | float:

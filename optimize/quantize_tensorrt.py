@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from edgewright.calibration.ranges import Range
 from edgewright.optimize.plan import COMPUTE_OPERATORS, VALUE_KEEPING, QuantPlan, constant_weight
 from edgewright.optimize.qdq import (
+    NEAREST,
     QParams,
     channel_axis,
     check_names,
@@ -37,6 +38,7 @@ def quantize_for_tensorrt(
     plan: QuantPlan,
     ranges: Mapping[str, Range],
     weights: Mapping[str, NDArray[np.float32]],
+    rounded: Mapping[str, NDArray[np.int8]] = NEAREST,
     *,
     per_channel: bool = True,
 ) -> ir.Model:
@@ -44,7 +46,8 @@ def quantize_for_tensorrt(
 
     `model` is the FP32 graph that the plan was made for, or what `cast_fp16` made of it. `ranges`: symmetric, per
     activation of the FP32 graph. `weights`: float32 of the planned layers, by the names of the nodes, so that none is
-    rounded twice. `per_channel` gives each output channel a scale of its own, else a weight has one.
+    rounded twice; `rounded`, by the same names, their integers where they are not the nearest ones. `per_channel` gives
+    each output channel a scale of its own, else a weight has one.
     Raises `QuantizationError` if a range is missing, a weight is not finite, or nodes share a name.
     """
     check_names(plan)
@@ -53,7 +56,8 @@ def quantize_for_tensorrt(
     nodes = {str(node.name): node for node in graph}
     for decision in plan.nodes_in("int8"):
         if decision.operator in COMPUTE_OPERATORS:
-            _quantize_weight(graph, nodes[decision.node], weights[decision.node], per_channel)
+            name = decision.node
+            _quantize_weight(graph, nodes[name], weights[name], rounded.get(name), per_channel=per_channel)
     reads = _integer_reads(nodes, plan)
     params = {value: _params(value, reads, ranges) for value in reads}
     for value, uses in reads.items():
@@ -72,13 +76,20 @@ def float_weights(model: ir.Model) -> dict[str, NDArray[np.float32]]:
     return weights
 
 
-def _quantize_weight(graph: ir.Graph, node: ir.Node, weight: NDArray[np.float32], per_channel: bool) -> None:
+def _quantize_weight(
+    graph: ir.Graph,
+    node: ir.Node,
+    weight: NDArray[np.float32],
+    rounded: NDArray[np.int8] | None,
+    *,
+    per_channel: bool,
+) -> None:
     axis = channel_axis(node, weight.ndim) if per_channel else None
     try:
         params = weight_s8(weight, axis, dtype=_dtype(node.inputs[0]))
     except QuantizationError as error:
         raise QuantizationError(f"{node.name}: {error.message}", error.remedy) from None
-    dequantized_weight(graph, node, weight, params)
+    dequantized_weight(graph, node, weight, params, rounded)
 
 
 def _integer_reads(nodes: Mapping[str, ir.Node], plan: QuantPlan) -> dict[ir.Value, list[tuple[ir.Node, int]]]:
