@@ -10,18 +10,20 @@ SHELL := /bin/sh
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help engine bundle test lint bench zoo train test-oldest ort-gpu-env pycuda-wheel clean
+.PHONY: help engine bundle test lint bench zoo train test-oldest ort-gpu-env peers-env pycuda-wheel clean
 
 comma := ,
 VENV := .venv
 OLDEST_VENV := .venv-oldest
 ORT_GPU_VENV := .venv-ortgpu
+PEERS_VENV := .venv-peers
 KEY := $(shell echo "$(EXTRAS)" | cat - pyproject.toml | cksum | tr ' ' -)
 OLDEST_KEY := $(shell cat pyproject.toml tests/oldest.txt | cksum | tr ' ' -)
 ENGINE_STAMP := $(VENV)/.engine-$(KEY)
 TEST_STAMP := $(VENV)/.test-$(KEY)
 OLDEST_STAMP := $(OLDEST_VENV)/.test-$(OLDEST_KEY)
 PYCUDA_STAMP := $(VENV)/.pycuda
+PEERS_STAMP := $(PEERS_VENV)/.peers-$(shell cksum <benchmarks/peers.txt | tr ' ' -)
 ORT_GPU_STAMP := $(ORT_GPU_VENV)/.gpu-$(shell cksum <pyproject.toml | tr ' ' -)
 
 help:  ## This list.
@@ -57,10 +59,12 @@ test-oldest: $(OLDEST_STAMP)  ## The tests with Python 3.10, torch 2.6 and the o
 
 ort-gpu-env: $(ORT_GPU_STAMP)  ## The device's install with onnxruntime-gpu (about 450 MB), for those tests that need it.
 
+peers-env: $(PEERS_STAMP)  ## NNCF and ModelOpt (about 3 GB), which the benchmarks compare with.
+
 pycuda-wheel: $(PYCUDA_STAMP)  ## pycuda for the tests, compiled without CUDA's toolkit. The first time it takes minutes.
 
 clean:  ## Remove all that these targets made: engines, caches, .venv.
-	rm -rf $(VENV) $(OLDEST_VENV) $(ORT_GPU_VENV) build dist src/edgewright.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) $(ORT_GPU_VENV) $(PEERS_VENV) build dist src/edgewright.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -98,6 +102,9 @@ $(OLDEST_VENV)/.created:
 $(ORT_GPU_VENV)/.created:
 	$(call create,$(ORT_GPU_VENV),$(or $(PYTHON),python3.12 python3.11 python3.10 python3),10,12)
 
+$(PEERS_VENV)/.created:
+	$(call create,$(PEERS_VENV),$(or $(PYTHON),python3.12 python3.11 python3.10 python3),10,12)
+
 $(ENGINE_STAMP): | $(VENV)/.created
 	$(call install,$(VENV),engine,$(EXTRAS))
 
@@ -110,6 +117,13 @@ $(OLDEST_STAMP): | $(OLDEST_VENV)/.created
 
 $(ORT_GPU_STAMP): | $(ORT_GPU_VENV)/.created
 	$(call install,$(ORT_GPU_VENV),gpu,gpu)
+
+# ModelOpt asks for onnxruntime-gpu, an older one, in whose place the one that everybody else uses is put.
+$(PEERS_STAMP): benchmarks/peers.txt | $(PEERS_VENV)/.created
+	@$(PEERS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers.txt
+	@$(PEERS_VENV)/bin/python -m pip uninstall --quiet --yes onnxruntime-gpu
+	@$(PEERS_VENV)/bin/python -m pip install --quiet --no-deps --force-reinstall onnxruntime
+	@rm -f $(PEERS_VENV)/.peers-* && touch $@
 
 $(PYCUDA_STAMP): .ci/pycuda-wheel | $(TEST_STAMP)
 	@.ci/pycuda-wheel $(VENV) build/wheels

@@ -21,6 +21,7 @@ from onnxruntime.quantization import (
 from edgewright.calibration.collect import LARGEST_BATCH, CalibrationTable, collect
 from edgewright.export.resolve import resolve
 from edgewright.export.to_onnx import export_onnx
+from edgewright.ladder import Aim, CalibrationImages, Climb, Ladder
 from edgewright.optimize.dialects import quantized_graph
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
 
@@ -28,6 +29,7 @@ __all__ = [
     "FOR_TENSORRT",
     "SETTINGS",
     "calibrated",
+    "climbed",
     "folded_model",
     "folded_resnet50",
     "quantize_ourselves",
@@ -38,6 +40,7 @@ __all__ = [
 
 Batch = NDArray[np.float32]
 
+DEFAULT_AIM = Aim()
 PEER_BATCH = 32
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -86,8 +89,14 @@ def folded_resnet50(seed: int = 5) -> ir.Model:
 
 
 def quantize_ourselves(folded: ir.Model, images: Batch) -> bytes:
-    """Calibrates and quantizes as the pipeline does, from decoded images `[N, C, H, W]`."""
+    """Ranges and Q/DQ without any repair, from decoded images `[N, C, H, W]`."""
     return serialized(quantized_graph("cpu", folded, calibrated(folded, images)).model)
+
+
+def climbed(folded: ir.Model, images: Batch, dialect: str, aim: Aim = DEFAULT_AIM) -> Climb:
+    """As the pipeline does: ranges from three quarters of `images` `[N, C, H, W]`, as much repair as is needed."""
+    divided = CalibrationImages.divided(images)
+    return Ladder(folded, calibrated(folded, divided.choosing), divided, aim).climb(dialect)
 
 
 def calibrated(folded: ir.Model, images: Batch) -> CalibrationTable:

@@ -1,7 +1,8 @@
 """TensorRT-RTX engines built ahead of time: seconds, and at batch 1 the kernels and bytes of each engine.
 
 No GPU takes part: kernels and bytes are what the compiler lists. onnxruntime's quantizer and, where it is installed,
-ModelOpt's quantize the same graph with the same photographs, and their graphs are built by the same builder.
+ModelOpt's quantize the same graph with the same images, and their graphs are built by the same builder. The images are
+noise, since a listing does not depend on the values.
 """
 
 from __future__ import annotations
@@ -15,124 +16,106 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from figures import Figure, photographs
+from figures import Figure
+from networks import NETWORKS, noise
 from numpy.typing import NDArray
-from quantizers import (
-    FOR_TENSORRT,
-    calibrated,
-    folded_model,
-    folded_resnet50,
-    quantize_with_modelopt,
-    quantize_with_onnxruntime,
-    serialized,
-)
+from quantizers import FOR_TENSORRT, calibrated, quantize_with_modelopt, quantize_with_onnxruntime, serialized
 
-from edgewright.optimize.dialects import half_graph, quantized_graph
+from edgewright.optimize.dialects import Quantizer, half_graph
+from edgewright.optimize.placement_rtx import ListedPlacement, placed_by_listing
 from edgewright.optimize.work import planned_layers
-from edgewright.runtime.audit import Traffic, traffic
+from edgewright.runtime.audit import Traffic, in_words, traffic
 from edgewright.runtime.backends import BACKENDS, BuildRequest
 
-CALIBRATION_IMAGES = 64
+CALIBRATION_IMAGES = 16
 BUILD_BOUND = 3.0  # seconds
-SEED = 5
-TARGET = "sm86"
+TARGETS = ("sm86", "sm89", "sm120")
+COMPARED = "sm86"
+
+LITE0_KERNELS, LITE0_MEGABYTES_READ = 52, 24.5
+"""What FP16 needed when it was first built."""
 
 Batch = NDArray[np.float32]
+PEERS: tuple[tuple[str, str, Callable[[Path, Path, Batch], None]], ...] = (
+    ("onnxruntime", "onnxruntime.quantization", functools.partial(quantize_with_onnxruntime, setting=FOR_TENSORRT)),
+    ("ModelOpt", "modelopt.onnx.quantization", quantize_with_modelopt),
+)
 
 
 def measure() -> Iterator[Figure]:
-    """Build seconds of three networks for all targets, then the traffic of EfficientNet-Lite0 beside the peers."""
-    backend = BACKENDS["tensorrt-rtx"]
-    absence = backend.absence()
+    """For each network the build seconds for all targets, and INT8 beside plain FP16 and beside the peers' graphs."""
+    absence = BACKENDS["tensorrt-rtx"].absence()
     if absence is not None:
         print(f"  {absence.reason}")
         return
-    networks: dict[str, Callable[[], ir.Model]] = {
-        "B0": functools.partial(folded_model, "mobilenet_effnet_b0"),
-        "Lite0": functools.partial(folded_model, "efficientnet_lite0"),
-        "ResNet-50": folded_resnet50,
-    }
-    for name, network in networks.items():
-        model = network()
-        table = calibrated(model, _images(model))
-        graphs = {
-            "fp32": model,
-            "fp16": half_graph(model, table).model,
-            "int8": quantized_graph("rtx", model, table).model,
-        }
-        yield from _builds(name, graphs)
-    yield from _lite0()
+    for name, network in NETWORKS.items():
+        model, images = network(), noise(CALIBRATION_IMAGES)
+        table = calibrated(model, images)
+        quantizer = Quantizer("rtx", model, table)
+        found = placed_by_listing(quantizer, BACKENDS["tensorrt-rtx"], TARGETS)
+        int8 = quantizer.quantized(found.left_out)
+        yield from _builds(
+            name, {"fp32": model, "fp16": half_graph(model, table).model, "int8": int8.model}, int8.int8_layers
+        )
+        yield from _beside_half(name, found)
+        if name == "Lite0":
+            yield from _lite0_in_half(found.half[COMPARED])
+        ours = found.int8[COMPARED] if found.int8 else found.half[COMPARED]
+        yield from _beside_peers(name, serialized(model), images, ours)
 
 
-def _builds(name: str, graphs: dict[str, ir.Model]) -> Iterator[Figure]:
+def _builds(name: str, graphs: dict[str, ir.Model], int8_layers: int) -> Iterator[Figure]:
     backend = BACKENDS["tensorrt-rtx"]
     slowest, built, left = 0.0, 0, []
-    moved: dict[str, Traffic | None] = {}
     for target in backend.targets:
         for precision, graph in graphs.items():
-            unsupported = backend.unsupported(precision, target)
-            if unsupported is not None:
+            if backend.unsupported(precision, target) is not None or (precision == "int8" and not int8_layers):
                 left.append(f"{precision} {target}")
                 continue
             request = BuildRequest(serialized(graph), precision, planned_layers(graph), target)
             began = time.perf_counter()
-            engine = backend.build(request)
+            backend.build(request)
             slowest, built = max(slowest, time.perf_counter() - began), built + 1
-            if target == TARGET:
-                moved[precision] = traffic(engine.compiled.kernels)
-    note = f"{built} engines for {len(backend.targets)} targets; unsupported: {', '.join(left)}"
+    note = f"{built} engines for {len(backend.targets)} targets; not built: {', '.join(left)}"
     yield Figure(f"RTX, slowest build of {name}", slowest, "s", bound=BUILD_BOUND, note=note)
-    half, int8 = moved["fp16"], moved["int8"]
-    assert half is not None
-    assert int8 is not None
-    note = f"{int8.bytes_moved / 1e6:.1f} MB moved, FP16 {half.bytes_moved / 1e6:.1f}"
-    yield Figure(f"RTX {TARGET}, {name}: INT8 kernels", int8.kernels, "", bound=half.kernels, note=note)
-    share = int8.bytes_moved / half.bytes_moved
-    yield Figure(f"RTX {TARGET}, {name}: INT8 bytes as a share of FP16's", share, "", bound=1.0)
 
 
-def _lite0() -> Iterator[Figure]:
-    model = folded_model("efficientnet_lite0")
-    images = _images(model)
-    half = half_graph(model, calibrated(model, images)).model
-    plain = _traffic(serialized(half))
-    yield Figure(f"RTX {TARGET}, Lite0 FP16: kernels", plain.kernels, "", bound=52)
-    note = f"and {plain.bytes_written / 1e6:.1f} MB written"
-    yield Figure(
-        f"RTX {TARGET}, Lite0 FP16: read (weights, activations)", plain.bytes_read / 1e6, "MB", 24.5, note=note
-    )
-    for name, module, quantizer in (
-        ("onnxruntime", "onnxruntime.quantization", functools.partial(quantize_with_onnxruntime, setting=FOR_TENSORRT)),
-        ("ModelOpt", "modelopt.onnx.quantization", quantize_with_modelopt),
-    ):
+def _beside_half(name: str, found: ListedPlacement) -> Iterator[Figure]:
+    for target, half in found.half.items():
+        int8 = found.int8.get(target, half)
+        note = f"{in_words(int8)}, FP16 {in_words(half)}; {len(found.left_out)} layers left out by the listings"
+        yield Figure(f"RTX {target}, {name}: INT8 kernels", int8.kernels, "", bound=half.kernels, note=note)
+        share = int8.bytes_moved / half.bytes_moved
+        yield Figure(f"RTX {target}, {name}: INT8 bytes as a share of FP16's", share, "", bound=1.0)
+
+
+def _lite0_in_half(half: Traffic) -> Iterator[Figure]:
+    yield Figure(f"RTX {COMPARED}, Lite0 FP16: kernels", half.kernels, "", bound=LITE0_KERNELS)
+    note = f"weights and activations; and {half.bytes_written / 1e6:.1f} MB written"
+    yield Figure(f"RTX {COMPARED}, Lite0 FP16: read", half.bytes_read / 1e6, "MB", LITE0_MEGABYTES_READ, note=note)
+
+
+def _beside_peers(name: str, graph: bytes, images: Batch, ours: Traffic) -> Iterator[Figure]:
+    for peer, module, quantizer in PEERS:
         try:
             importlib.import_module(module)
         except ImportError:
-            print(f"  {name} is not installed: not compared")
+            print(f"  {peer} is not installed: not compared")
             continue
         with tempfile.TemporaryDirectory() as folder:
             source, target = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
-            source.write_bytes(serialized(model))
+            source.write_bytes(graph)
             quantizer(source, target, images)
             theirs = _traffic(target.read_bytes())
-        note = f"{theirs.bytes_read / 1e6:.1f} MB read, {theirs.bytes_written / 1e6:.1f} written"
-        yield Figure(f"RTX {TARGET}, Lite0 INT8 by {name}: kernels", theirs.kernels, "", note=note)
+        note = f"{in_words(ours)}, {peer} {in_words(theirs)}"
+        yield Figure(f"RTX {COMPARED}, {name}: INT8 kernels", ours.kernels, "", bound=theirs.kernels - 1, note=note)
+        share = ours.bytes_moved / theirs.bytes_moved
+        yield Figure(f"RTX {COMPARED}, {name}: INT8 bytes as a share of {peer}'s", share, "", bound=0.999)
 
 
 def _traffic(graph: bytes) -> Traffic:
     """Of a graph by anybody: nothing is known of its plan, so nothing is audited."""
-    compiled = BACKENDS["tensorrt-rtx"].compile(BuildRequest(graph, "int8", (), TARGET))
+    compiled = BACKENDS["tensorrt-rtx"].compile(BuildRequest(graph, "int8", (), COMPARED))
     moved = traffic(compiled.kernels)
     assert moved is not None
     return moved
-
-
-def _images(model: ir.Model) -> Batch:
-    """Photographs where they are and the network takes such; else noise, since builds do not depend on the values."""
-    shape = model.graph.inputs[0].shape
-    assert shape is not None
-    sides = tuple(int(side) for side in shape[1:] if isinstance(side, int))
-    found = photographs(CALIBRATION_IMAGES) if sides == (3, 224, 224) else None
-    if found is not None:
-        return found
-    return np.random.default_rng(SEED).standard_normal((CALIBRATION_IMAGES, *sides), np.float32)

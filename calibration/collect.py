@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from edgewright.calibration.channels import ChannelExtremes
+from edgewright.calibration.nonfinite import check_weights, nonfinite_error
 from edgewright.calibration.observers import observer_outputs, with_observers
 from edgewright.calibration.ranges import (
     AUTO,
@@ -27,11 +29,13 @@ from edgewright.calibration.ranges import (
     symmetric,
     symmetric_mse_range,
 )
+from edgewright.calibration.sessions import cpu_session
 from edgewright.runtime.errors import CalibrationError
 
 __all__ = ["LARGEST_BATCH", "CalibrationTable", "batch_size", "collect"]
 
 LARGEST_BATCH = 8
+NOT_FINITE = "holds NaN or infinite values"
 BATCH_BYTES = 1 << 31
 """Of all activations of a batch, which onnxruntime may hold at the same time; an EfficientNet-B7 has 3 GB an image."""
 
@@ -43,11 +47,13 @@ class CalibrationTable:
     * identity: SHA-256 of the graph, identity of the images, preprocessing, versions: by name, in words
     * samples: number of images
     * histograms: per activation tensor of the graph
+    * constant_channels: per tensor that has any, the channels (axis 1) of one value in all images, and that value
     """
 
     identity: Mapping[str, str]
     samples: int
     histograms: Mapping[str, Histogram]
+    constant_channels: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
 
     def ranges(
         self,
@@ -83,13 +89,18 @@ class CalibrationTable:
             "identity": dict(self.identity),
             "samples": self.samples,
             "tensors": {name: histogram.to_json() for name, histogram in self.histograms.items()},
+            "constant_channels": {name: list(found.items()) for name, found in self.constant_channels.items()},
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> CalibrationTable:
         """The inverse of `to_json`."""
         histograms = {name: Histogram.from_json(tensor) for name, tensor in content["tensors"].items()}
-        return cls(content["identity"], content["samples"], histograms)
+        constant = {
+            name: {int(channel): float(value) for channel, value in found}
+            for name, found in content.get("constant_channels", {}).items()  # tables of before have none
+        }
+        return cls(content["identity"], content["samples"], histograms, constant)
 
 
 def _range_by(method: str, histogram: Histogram, transfer: Transfer | None, *, signed: bool) -> Range:
@@ -122,27 +133,20 @@ def collect(
     """One pass over `batches` (float32 `[N, C, H, W]`) through `model`; `progress` is told the images done so far.
 
     `threads` is onnxruntime's number of threads, 0 for all cores.
-    Raises `CalibrationError` without images, or where a weight is NaN or an activation not finite.
+    Raises `CalibrationError` without images, or where a weight is NaN or an activation not finite, naming the layer.
     """
-    import onnxruntime
-
-    _check_weights(model)
+    check_weights(model)
     observed, names, clamped = with_observers(model)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        ir.to_proto(observed).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = cpu_session(observed, threads=threads)
     (input_name,) = (value.name for value in model.graph.inputs)
     histograms = {name: Histogram.empty() for name in names}
+    channels = {name: ChannelExtremes() for name in names}
     watched = [name for name in names if name not in clamped]
     outputs = [output for name in watched for output in observer_outputs(name)]
     images = 0
     for batch in batches:
-        last = images + len(batch)
         if not np.isfinite(batch).all():
-            raise _not_finite(str(input_name), "holds NaN or infinite values", images + 1, last)
+            raise nonfinite_error(model, batch, images + 1, str(input_name), NOT_FINITE)
         results = iter(session.run(outputs, {input_name: batch}))
         seen = {name: (next(results), next(results), next(results)) for name in watched}
         seen |= {name: clamp.applied_to(seen[clamp.source]) for name, clamp in clamped.items()}
@@ -150,23 +154,11 @@ def collect(
             try:
                 histograms[name].add(samples, float(low.min()), float(high.max()))
             except CalibrationError as error:
-                raise _not_finite(name, error.message, images + 1, last) from None
-        images = last
+                raise nonfinite_error(model, batch, images + 1, name, error.message) from None
+            channels[name].add(low, high)
+        images += len(batch)
         progress(images)
     if not images:
         raise CalibrationError("there are no calibration images", "give --calibration DIR; random data is never used")
-    return CalibrationTable(dict(identity), images, histograms)
-
-
-def _not_finite(name: str, fact: str, first: int, last: int) -> CalibrationError:
-    return CalibrationError(
-        f"activation {name} {fact} among images {first} … {last}", "check the weights and the preprocessing"
-    )
-
-
-def _check_weights(model: ir.Model) -> None:
-    """ReduceMin and ReduceMax of onnxruntime step over a NaN, so it is looked for where it could come from."""
-    for name, value in model.graph.initializers.items():
-        weight = value.const_value
-        if weight is not None and weight.dtype == ir.DataType.FLOAT and np.isnan(weight.numpy()).any():
-            raise CalibrationError(f"weight {name} holds NaN", "export the model again from sound weights")
+    constant = {name: values for name, extremes in channels.items() if (values := extremes.constant())}
+    return CalibrationTable(dict(identity), images, histograms, constant)

@@ -1,4 +1,4 @@
-"""A graph that watches itself: each activation reduced to a minimum, a maximum and an even sample per image.
+"""A graph that watches itself: each activation reduced to extremes per channel and an even sample, image by image.
 
 Only these leave onnxruntime. What a ReLU or ReLU6 gives follows exactly from what went in, so it is not observed a
 second time: on EfficientNet-Lite0 that is a third of the tensors, and the larger ones.
@@ -28,7 +28,7 @@ SAMPLES_PER_IMAGE = 1024
 """Values per tensor and image that enter the histogram; minima and maxima see every value."""
 
 Seen = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
-"""Of one tensor and batch: minima `[N]`, maxima `[N]`, samples `[N, S]`."""
+"""Of one tensor and batch: minima `[N, C]` and maxima `[N, C]` of its channels, which are axis 1, samples `[N, S]`."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,8 @@ class _Constants:
 
 def _observe(graph: ir.Graph, value: ir.Value, constants: _Constants) -> None:
     assert value.shape is not None
-    axes = constants[range(1, value.shape.rank())]
     step = sampling_step(math.prod(int(side) for side in value.shape[1:] if isinstance(side, int)))
-    minimum = ir.node("ReduceMin", [value, axes], {"keepdims": 0})
-    maximum = ir.node("ReduceMax", [value, axes], {"keepdims": 0})
+    minimum, maximum = (_reduced(operator, value, constants) for operator in ("ReduceMin", "ReduceMax"))
     flat = ir.node("Reshape", [value, constants[0, -1]])
     flat.outputs[0].name = f"{value.name}::flat"
     end = constants[[np.iinfo(np.int64).max]]
@@ -103,6 +101,14 @@ def _observe(graph: ir.Graph, value: ir.Value, constants: _Constants) -> None:
         output = node.outputs[0]
         output.name, output.dtype = name, ir.DataType.FLOAT
         graph.outputs.append(output)
+
+
+def _reduced(operator: str, value: ir.Value, constants: _Constants) -> ir.Node:
+    """The node that reduces `value` to `[N, C]`, which it may be already."""
+    assert value.shape is not None
+    if value.shape.rank() == 2:
+        return ir.node("Identity", [value])
+    return ir.node(operator, [value, constants[range(2, value.shape.rank())]], {"keepdims": 0})
 
 
 def clamp_limits(node: ir.Node) -> tuple[float, float] | None:

@@ -27,7 +27,14 @@ from edgewright.export.conventions import (
 )
 from edgewright.export.entries import InputShape, ModelSource
 from edgewright.export.onnx_files import load_onnx, read_onnx
-from edgewright.export.onnx_header import Header, ends_in_softmax, foreign_domains, header_of, labels_of
+from edgewright.export.onnx_header import (
+    Header,
+    ends_in_softmax,
+    foreign_domains,
+    header_of,
+    labels_of,
+    quantized_operators,
+)
 from edgewright.export.onnx_session import cpu_session
 from edgewright.runtime.errors import ExportError, ModelError
 
@@ -56,12 +63,12 @@ def onnx_source(request: ModelRequest) -> ModelSource:
     """The source of `request.model`, the path of an ONNX file; what the file does not say is None.
 
     Raises `ModelError` if the file cannot be trusted or read, if its graph is not one from float32 images to one
-    output, or if weights or options are asked for.
+    output, if it is quantized already and `request` does not pass that, or if weights or options are asked for.
     """
     check_request(request)
     path = Path(request.model)
     file = read_onnx(path)
-    header = header_of(file.proto, str(path))
+    header = header_of(file.proto, str(path), quantized=request.already_quantized == "pass")
     if foreign_domains(file.proto):
         cpu_session(file.proto.SerializeToString(), str(path))
     return ModelSource(
@@ -71,23 +78,26 @@ def onnx_source(request: ModelRequest) -> ModelSource:
         name=request.model,
         weights="in the graph",
         fingerprint=file.fingerprint,
+        quantized=bool(quantized_operators(file.proto)),
         note=PROBABILITIES if ends_in_softmax(file.proto) else "",
     )
 
 
-def import_onnx(path: Path, input_shape: InputShape, *, opset: int, fingerprint: str = "") -> bytes:
+def import_onnx(
+    path: Path, input_shape: InputShape, *, opset: int, fingerprint: str = "", quantized: bool = False
+) -> bytes:
     """Serialized ONNX of the graph in `path`, in the form that `export_onnx` writes.
 
     Input "images" `[batch, C, H, W]` float32 with a dynamic batch, output "logits" `[batch, classes]` float32 (or
     `[batch, …]` features). Checked before it is returned: the ONNX checker, and on seeded images, in a batch of 1 and
     one of 5, outputs equal to those that the file itself gives for each image alone (or in the batch that it insists
     on). Raises `ModelError` for the file, also if its content has another `fingerprint` than the one given, and
-    `ExportError` if it cannot be rewritten or the rewritten graph differs.
+    `ExportError` if it cannot be rewritten or the rewritten graph differs. `quantized`: it may hold integers already.
     """
     from edgewright.export.onnx_rewriting import rewritten  # brings onnxscript, which reading a header does not need
 
     proto = load_onnx(path, fingerprint=fingerprint)
-    header = header_of(proto, str(path))
+    header = header_of(proto, str(path), quantized=quantized)
     for axis, (said, wanted) in enumerate(zip(header.sides[1:], input_shape, strict=True)):
         if said not in (None, wanted):
             raise ModelError(
@@ -102,15 +112,15 @@ def import_onnx(path: Path, input_shape: InputShape, *, opset: int, fingerprint:
     return content
 
 
-def reference_of(path: Path, *, fingerprint: str = "") -> Infer:
+def reference_of(path: Path, *, fingerprint: str = "", quantized: bool = False) -> Infer:
     """The FP32 reference: the file itself, run by ONNX Runtime without optimizations on one batch after the other.
 
     It takes any number of images; a graph with a fixed batch gets them in batches of that size, the last one filled
     up. Raises `ModelError` if the file or an image does not run, or if the content of the file has another
-    `fingerprint` than the one given.
+    `fingerprint` than the one given. `quantized`: it may hold integers already.
     """
     proto = load_onnx(path, fingerprint=fingerprint)
-    header = header_of(proto, str(path))
+    header = header_of(proto, str(path), quantized=quantized)
     name = str(path)
     session = cpu_session(proto.SerializeToString(), name)
     whole = _reference(session, header, name, at_once=header.batch)

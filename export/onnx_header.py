@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -14,7 +15,15 @@ from edgewright.export.conventions import OPSETS
 from edgewright.export.entries import InputShape
 from edgewright.runtime.errors import ModelError
 
-__all__ = ["Header", "ends_in_softmax", "foreign_domains", "header_of", "labels_of", "opset_of"]
+__all__ = [
+    "Header",
+    "ends_in_softmax",
+    "foreign_domains",
+    "header_of",
+    "labels_of",
+    "opset_of",
+    "quantized_operators",
+]
 
 STANDARD_DOMAINS = ("", "ai.onnx")
 # Before 7, broadcasting was said by attributes, and the converter knows few operators; onnxruntime 1.31 loads up to 26.
@@ -55,14 +64,15 @@ class Header:
         return None if channels is None or height is None or width is None else (channels, height, width)
 
 
-def header_of(proto: onnx.ModelProto, name: str) -> Header:
+def header_of(proto: onnx.ModelProto, name: str, *, quantized: bool = False) -> Header:
     """The header of the model that is called `name` in messages.
 
     Raises `ModelError` if the opset is out of reach, if there is more than one input or output, if the input is no
-    float32 NCHW batch, or if the graph is quantized.
+    float32 NCHW batch, or if the graph is quantized already and that is not expected by `quantized`.
     """
     _refuse_opset(opset_of(proto), name)
-    _refuse_quantized(proto, name)
+    if not quantized:
+        _refuse_quantized(proto, name)
     image, output = _only_input(proto.graph, name), _only_output(proto.graph, name)
     kind = image.type.tensor_type.elem_type
     if kind != onnx.TensorProto.FLOAT:
@@ -130,10 +140,19 @@ def _refuse_opset(opset: int, name: str) -> None:
         )
 
 
+def quantized_operators(proto: onnx.ModelProto) -> Mapping[str, int]:
+    """How many operators of each kind make, read or compute with integers, by name; none for a float graph."""
+    return Counter(node.op_type for node in _nodes_of(proto) if QUANTIZED.fullmatch(node.op_type))
+
+
 def _refuse_quantized(proto: onnx.ModelProto, name: str) -> None:
-    for node in _nodes_of(proto):
-        if QUANTIZED.fullmatch(node.op_type):
-            raise ModelError(f"{name} is quantized already ({node.op_type} {node.name!r})", "give the float graph")
+    found = quantized_operators(proto)
+    if found:
+        counts = ", ".join(f"{count} {operator}" for operator, count in found.items())
+        raise ModelError(
+            f"{name} is quantized already: it holds {counts}",
+            "give the float graph, or --already-quantized pass to take it as it is",
+        )
 
 
 def _only_input(graph: onnx.GraphProto, name: str) -> onnx.ValueInfoProto:

@@ -44,12 +44,14 @@ class ModelRequest:
     * weights: "default", another name of the entry, "random" or a file
     * options: keyword arguments of the network's builder
     * completion: what the network does not say of itself
+    * already_quantized: "refuse" a graph that is, or "pass" it on as it is
     """
 
     model: str
     weights: str = "default"
     options: Mapping[str, Any] = field(default_factory=dict)
     completion: Completion = field(default_factory=Completion)
+    already_quantized: str = "refuse"
 
 
 def folder_name(model: str) -> str:

@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import networkx  # type: ignore[import-untyped]
+import networkx
 import numpy as np
 import onnx
 import onnx_ir as ir
-from networkx.algorithms.flow import shortest_augmenting_path  # type: ignore[import-untyped]
+from networkx.algorithms.flow import shortest_augmenting_path
 from numpy.typing import NDArray
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 

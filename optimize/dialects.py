@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from edgewright.calibration.calib_cache import CalibCache, with_cached_ranges
 from edgewright.calibration.collect import CalibrationTable
 from edgewright.calibration.ranges import AUTO, Range, silu
 from edgewright.optimize.cast_fp16 import CastResult, cast_fp16
@@ -85,6 +86,7 @@ class Quantizer:
     * method: chooses the ranges, which are chosen once
     * remainder: "fp16" or "fp32", what NVIDIA's targets run the other layers in; on a CPU it is FP32
     * repairs: what is mended in the layers that are INT8
+    * cache: a `calib.cache` whose ranges go before those that were measured, on NVIDIA's targets
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Quantizer:
         method: str = AUTO,
         remainder: str = "fp16",
         repairs: Repairs | None = None,
+        cache: CalibCache | None = None,
     ) -> None:
         self.dialect = dialect
         self.model = model
@@ -103,6 +106,7 @@ class Quantizer:
         self.method = method
         self.remainder = remainder
         self.repairs = repairs or Repairs()
+        self.cache = cache if dialect in NVIDIA else None
 
     @functools.cached_property
     def plan(self) -> QuantPlan:
@@ -117,15 +121,19 @@ class Quantizer:
 
     @functools.cached_property
     def ranges(self) -> Mapping[str, Range]:
-        """Of all activations of `plan`."""
+        """Of all activations of `plan`. Raises `CalibrationError` if the cache is another network's."""
         transfers = dict.fromkeys(self.plan.silu_inputs, silu)
-        return self.table.ranges(self.method, self.plan.activations, transfers, signed=self.dialect in NVIDIA)
+        measured = self.table.ranges(self.method, self.plan.activations, transfers, signed=self.dialect in NVIDIA)
+        return measured if self.cache is None else with_cached_ranges(measured, self.cache)
+
+    def of(self, model: ir.Model, table: CalibrationTable) -> Quantizer:
+        """The same dialect, method and remainder for another graph, without the repairs of this one."""
+        return Quantizer(self.dialect, model, table, method=self.method, remainder=self.remainder, cache=self.cache)
 
     def repaired(self, repairs: Repairs) -> Quantizer:
         """The same with other repairs, and the ranges that were chosen already."""
-        other = copy.copy(self)
         _ = self.ranges
-        other.__dict__.update(self.__dict__)
+        other = copy.copy(self)
         other.repairs = repairs
         return other
 
@@ -156,9 +164,7 @@ class Quantizer:
         if self.dialect in CPU:
             return Quantized(quantize_for_cpu(model, plan, self.ranges, self.repairs.integers), plan)
         nvidia = NVIDIA[self.dialect]
-        pooled = window_pooling(
-            model
-        ).model  # behind the plan, for which the pooling of a gate would look like any other
+        pooled = window_pooling(model).model  # after the plan, to which a gate's pooling would look like any other
         rest, plan = _with_remainder(pooled, plan, self.table, remainder)
         quantized = quantize_for_tensorrt(
             rest,

@@ -92,9 +92,17 @@ class GraphRun:
             yield self({name: array[start : start + LARGEST_BATCH] for name, array in feeds.items()})
 
     def all(self, feeds: Mapping[str, Batch]) -> dict[str, Batch]:
-        """The outputs for `feeds`, joined."""
-        parts = list(self.batches(feeds))
-        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
+        """The outputs for `feeds`, joined; nothing but they and one batch is in memory at a time."""
+        count = len(next(iter(feeds.values())))
+        joined: dict[str, Batch] = {}
+        start = 0
+        for part in self.batches(feeds):
+            for name, values in part.items():
+                if name not in joined:
+                    joined[name] = np.empty((count, *values.shape[1:]), values.dtype)
+                joined[name][start : start + len(values)] = values
+            start += len(values)
+        return joined
 
 
 def logits_of(model: ir.Model, images: Batch, *, threads: int = 0) -> Batch:

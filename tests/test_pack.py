@@ -17,7 +17,7 @@ import torch
 from command import Command
 from edgewright.export.models import MODELS
 from edgewright.export.resolve import resolve
-from edgewright.graphs import Graphs
+from edgewright.int8 import Int8Graphs
 from edgewright.outcome import Outcome
 from edgewright.pack import Packed, golden_indices, limits_of, pack
 from edgewright.pack import _self_contained as self_contained
@@ -136,8 +136,8 @@ def test_int8_is_in_it_where_it_gains(
     build_dir: Path, shared_images: Any, outcome: Outcome, monkeypatch: pytest.MonkeyPatch, tiny_models: None
 ) -> None:
     """The tiny network is too narrow for TensorRT's INT8; its graph for the CPU stands in."""
-    quantized = Graphs.quantized
-    monkeypatch.setattr(Graphs, "quantized", lambda graphs, dialect: quantized(graphs, "cpu"))
+    quantized = Int8Graphs.quantized
+    monkeypatch.setattr(Int8Graphs, "quantized", lambda graphs, dialect: quantized(graphs, "cpu"))
     pipeline = pipeline_of(build_dir, shared_images)
     with pipeline.workspace.locked():
         packed = pack(pipeline, outcome)

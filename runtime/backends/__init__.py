@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from ..errors import EngineError
-from .base import Absence, Backend, BuildRequest, Built, Compiled
+from .base import Absence, Backend, BuildRequest, Built, Compiled, KernelTime
 from .onnxruntime_backend import OnnxRuntimeBackend
 from .openvino_cpu import OpenVinoBackend
 from .runner import Runner
 from .tensorrt_gpu import TensorRtBackend
 from .tensorrt_rtx import TensorRtRtxBackend
 
-__all__ = ["BACKENDS", "Absence", "Backend", "BuildRequest", "Built", "Compiled", "Runner", "backend_named"]
+__all__ = [
+    "BACKENDS",
+    "Absence",
+    "Backend",
+    "BuildRequest",
+    "Built",
+    "Compiled",
+    "KernelTime",
+    "Runner",
+    "backend_named",
+]
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend

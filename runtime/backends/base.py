@@ -17,7 +17,7 @@ from ..preprocess import Preprocess
 from ..specs import BatchProfile, EngineInfo, Kernel, LayerPrecision, PlannedLayer, TensorSpec
 from .runner import Runner
 
-__all__ = ["Absence", "Backend", "BuildRequest", "Built", "Compiled"]
+__all__ = ["Absence", "Backend", "BuildRequest", "Built", "Compiled", "KernelTime"]
 
 NAMED_LAYERS = 5
 """As many layers an error names; a silent fallback usually hits all of them."""
@@ -114,6 +114,14 @@ class Built:
         )
 
 
+@dataclass(frozen=True)
+class KernelTime:
+    """What one kernel takes in a run of one image; `milliseconds` is the median, or where that is unknown the mean."""
+
+    kernel: Kernel
+    milliseconds: float
+
+
 class Backend(ABC):
     """One way to build and run engines.
 
@@ -164,6 +172,15 @@ class Backend(ABC):
         `provider` is one of `providers`, "" for the first; `dla` is the DLA core that the engine was built for. Raises
         `EngineError` if the engine does not load, or the provider is not here.
         """
+
+    def kernel_times(
+        self, engine: bytes, planned: tuple[PlannedLayer, ...], *, threads: int, runs: int
+    ) -> tuple[KernelTime, ...]:
+        """The kernels of `engine` in the order in which they run, timed over `runs` runs of one image of zeros.
+
+        Nothing where the library does not time them. Raises `EngineError` if the engine does not load.
+        """
+        return ()
 
     def build(self, request: BuildRequest) -> Built:
         """Builds an engine in which every planned layer runs in its planned precision, as read back from it.

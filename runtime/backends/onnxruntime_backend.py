@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..errors import BuildError, EngineError
 from ..installed import installed_version
 from ..specs import Kernel, PlannedLayer, TensorSpec
-from .base import Absence, Backend, BuildRequest, Compiled
+from .base import Absence, Backend, BuildRequest, Compiled, KernelTime
 from .naming import layer_run_by
 from .onnxruntime_providers import PROVIDERS, first_line, open_session
 from .runner import Runner, check_dtypes
@@ -69,15 +69,25 @@ class OnnxRuntimeBackend(Backend):
 
     def compile(self, request: BuildRequest) -> Compiled:
         """Compiles the graph once, runs one image of zeros, and reads the kernels off the profile."""
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                session = _session(request.onnx, threads=0, profile=Path(folder) / "profile")
-                inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
-                _run(session, {spec.name: np.zeros([side or 1 for side in spec.shape], spec.dtype) for spec in inputs})
-            except EngineError as error:
-                raise BuildError(f"onnxruntime refused the {request.precision} graph: {error.message}") from error
-            kernels = _kernels(json.loads(Path(session.end_profiling()).read_text()), request.planned)
-        return Compiled(request.onnx, inputs, outputs, kernels, {"onnxruntime": self.version()})
+        try:
+            session, events = _profiled(request.onnx, threads=0, runs=1)
+        except EngineError as error:
+            raise BuildError(f"onnxruntime refused the {request.precision} graph: {error.message}") from error
+        inputs, outputs = _specs(session.get_inputs()), _specs(session.get_outputs())
+        return Compiled(
+            request.onnx, inputs, outputs, _kernels(events, request.planned), {"onnxruntime": self.version()}
+        )
+
+    def kernel_times(
+        self, engine: bytes, planned: tuple[PlannedLayer, ...], *, threads: int, runs: int
+    ) -> tuple[KernelTime, ...]:
+        """Medians, after one run more that is not counted."""
+        _, profile = _profiled(engine, threads=threads, runs=1 + runs)
+        events = _of_kernels(profile)
+        microseconds = np.array([event["dur"] for event in events], np.float64).reshape(1 + runs, -1)
+        medians = np.median(microseconds[1:], axis=0) / 1e3
+        kernels = _kernels(events[: len(medians)], planned)  # the same in every run
+        return tuple(KernelTime(kernel, float(time)) for kernel, time in zip(kernels, medians, strict=True))
 
     def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
         """A session on the provider alone."""
@@ -133,6 +143,22 @@ def _run(session: Any, feeds: Mapping[str, NDArray[np.float32]]) -> list[NDArray
     return results
 
 
+def _profiled(graph: bytes, *, threads: int, runs: int) -> tuple[Any, list[dict[str, Any]]]:
+    """A session that has run `runs` images of zeros, and the events of its profile."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = _session(graph, threads=threads, profile=Path(folder) / "profile")
+        feeds = {
+            spec.name: np.zeros([side or 1 for side in spec.shape], spec.dtype) for spec in _specs(session.get_inputs())
+        }
+        for _ in range(runs):
+            _run(session, feeds)
+        return session, json.loads(Path(session.end_profiling()).read_text())
+
+
+def _of_kernels(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event.get("name", "").endswith(KERNEL_SUFFIX)]
+
+
 @functools.cache
 def _saturates() -> bool:
     """Whether U8 × S8 products would be added in 16 bits, with saturation: x86 without VNNI.
@@ -167,9 +193,7 @@ def _dtype_of(type_: str) -> str:
 
 def _kernels(events: list[dict[str, Any]], planned: tuple[PlannedLayer, ...]) -> tuple[Kernel, ...]:
     kernels: list[Kernel] = []
-    for event in events:
-        if not event.get("name", "").endswith(KERNEL_SUFFIX):
-            continue
+    for event in _of_kernels(events):
         name, details = TOKEN.sub("", event["name"].removesuffix(KERNEL_SUFFIX)), event.get("args", {})
         operator = details.get("op_name", "")
         types = details.get("input_type_shape") or [{}]

@@ -28,7 +28,7 @@ from ..audit import audited
 from ..errors import BuildError, EngineError
 from ..installed import installed_version
 from ..specs import Kernel, PlannedLayer, TensorSpec
-from .base import Absence, Backend, BuildRequest, Compiled
+from .base import Absence, Backend, BuildRequest, Compiled, KernelTime
 from .naming import layer_run_by
 from .runner import Runner
 
@@ -36,7 +36,9 @@ __all__ = ["OpenVinoBackend"]
 
 DEVICE = "CPU"
 TELEMETRY = "openvino_telemetry"
-REMAINDERS = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}
+INT8_AND_BF16 = "int8+bf16"
+"""INT8 whose other layers run in BF16: asked for by planning them so, and stamped on the engine."""
+REMAINDERS = {"fp32": "f32", "bf16": "bf16", "int8": "f32", INT8_AND_BF16: "bf16"}
 """By precision, what runs the layers that the graph leaves in floating point: INFERENCE_PRECISION_HINT."""
 CAPABILITIES = {"bf16": "BF16", "int8": "INT8"}
 """By precision, what the processor must have: an entry of OPTIMIZATION_CAPABILITIES."""
@@ -55,7 +57,7 @@ FRAMES = ("Exception from ", "Check '", "FrontEnd API failed", "Model wasn't ful
 
 
 class OpenVinoBackend(Backend):
-    """FP32 graphs in FP32 or BF16, and explicit-Q/DQ INT8 graphs with an FP32 remainder, on the CPU."""
+    """FP32 graphs in FP32 or BF16, and explicit-Q/DQ INT8 graphs with an FP32 or BF16 remainder, on the CPU."""
 
     name = "openvino"
     precisions = ("fp32", "bf16", "int8")
@@ -90,8 +92,9 @@ class OpenVinoBackend(Backend):
 
         Raises `BuildError` as well if a planned layer runs in one precision at batch 1 and in another otherwise.
         """
+        precision = _with_remainder(request)
         try:
-            model, settings = _read(request.onnx), _settings(request.precision, threads=0)
+            model, settings = _read(request.onnx), _settings(precision, threads=0)
             single, several = _compiled(_of_one_image(model), settings), _compiled(model, settings)
             inputs, outputs = _specs(model.inputs), _specs(model.outputs)
             _run(_request(single), [np.zeros([side or 1 for side in spec.shape], spec.dtype) for spec in inputs])
@@ -99,8 +102,22 @@ class OpenVinoBackend(Backend):
             raise BuildError(f"openvino refused the {request.precision} graph: {error.message}") from error
         kernels = _kernels(single, request.planned)
         _check_equal_precisions(request.planned, kernels, _kernels(several, request.planned))
-        engine = request.onnx + _stamp(request.precision)
+        engine = request.onnx + _stamp(precision)
         return Compiled(engine, inputs, outputs, kernels, {"openvino": self.version()})
+
+    def kernel_times(
+        self, engine: bytes, planned: tuple[PlannedLayer, ...], *, threads: int, runs: int
+    ) -> tuple[KernelTime, ...]:
+        """Means: OpenVINO keeps no more."""
+        model = _read(engine)
+        settings = _settings(_stamped_precision(engine), threads=threads) | {"PERF_COUNT": True}
+        compiled = _compiled(_of_one_image(model), settings)
+        request = _request(compiled)
+        feeds = [np.zeros([side or 1 for side in spec.shape], spec.dtype) for spec in _specs(model.inputs)]
+        for _ in range(runs):
+            _run(request, feeds)
+        seconds = {entry.node_name: entry.real_time.total_seconds() for entry in request.get_profiling_info()}
+        return tuple(KernelTime(kernel, 1e3 * seconds.get(kernel.name, 0.0)) for kernel in _kernels(compiled, planned))
 
     def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
         """Compiles the graph for one image, in the precision that is stamped on it."""
@@ -167,6 +184,12 @@ class CompiledGraph:
 def _fits_one_image(spec: TensorSpec, array: NDArray[np.float32]) -> bool:
     """Whether `array`, which fits `spec`, also fits it with a batch of 1 where `spec` has a dynamic one."""
     return spec.shape[:1] != (None,) or array.shape[0] == 1
+
+
+def _with_remainder(request: BuildRequest) -> str:
+    """The precision asked for, a key of `REMAINDERS`."""
+    planned = {layer.precision for layer in request.planned}
+    return INT8_AND_BF16 if request.precision == "int8" and "bf16" in planned else request.precision
 
 
 def _stamp(precision: str) -> bytes:

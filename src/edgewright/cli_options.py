@@ -136,11 +136,42 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option("--allow-overlap", is_flag=True, help="Accept the same image in both folders."),
     click.option(
         "--method",
-        type=click.Choice(["minmax", "percentile", "entropy", "mse"]),
-        default="mse",
+        type=click.Choice(
+            [
+                "auto",
+                "minmax",
+                "percentile",
+                "percentile-99.9",
+                "percentile-99.999",
+                "percentile-99.9999",
+                "entropy",
+                "mse",
+            ]
+        ),
+        default="auto",
         show_default=True,
-        help="How activation ranges are chosen.",
+        help="How activation ranges are chosen; auto: each by what errs least there.",
     ),
+    click.option(
+        "--placement",
+        type=click.Choice(["measured", "rules"]),
+        default="measured",
+        show_default=True,
+        help="INT8 only where it pays on this machine, or wherever it can be.",
+    ),
+    click.option(
+        "--rescue/--no-rescue",
+        default=True,
+        show_default=True,
+        help="Mend INT8 as far as the budget needs: equalize, correct, round, leave layers in float.",
+    ),
+    click.option(
+        "--finetune", metavar="DIR|fashion-mnist", help="If need be, train INT8 on these images, quantization-aware."
+    ),
+    click.option(
+        "--calib-cache", type=click.Path(path_type=Path), metavar="FILE", help="Ranges of an old TensorRT."
+    ),
+    click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=21, show_default=True, help="Of the rescue."),
     click.option(
         "--max-drop",
         type=click.FloatRange(0.0, 100.0),
@@ -149,6 +180,13 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         help="Budget: the largest loss of top-1, in points.",
     ),
     click.option("--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."),
+    click.option(
+        "--already-quantized",
+        type=click.Choice(["refuse", "pass"]),
+        default="refuse",
+        show_default=True,
+        help="What becomes of an ONNX file with integers in it.",
+    ),
 )
 
 cache_option = click.option(

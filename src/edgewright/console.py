@@ -145,8 +145,10 @@ def _note(run: StageRun) -> str:
     if run.name == "cast fp16":
         kept = f", {len(facts['fp32'])} of {facts['nodes']} nodes stay fp32" if facts["fp32"] else ""
         return f"{facts['casts']} casts{kept}"
+    if run.name.startswith("place"):
+        return f"INT8 does not pay in {len(facts['left_out'])} of {facts['layers']} layers" if facts["left_out"] else ""
     if run.name.startswith("quantize"):
-        return f"{facts['int8_layers']} of {facts['layers']} layers to INT8"
+        return f"{facts['int8_layers']} of {facts['layers']} layers to INT8: {', '.join(facts['rungs'])}"
     if run.name.startswith("build"):
         counts = ", ".join(f"{count} × {precision}" for precision, count in facts["actual"].items())
         return counts if facts["share"] > 0.995 else f"{counts} ({100 * facts['share']:.0f} % of the work)"

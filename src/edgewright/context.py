@@ -40,7 +40,12 @@ class Options:
     * remainder: what the layers of an INT8 engine that are not INT8 run in on NVIDIA's targets, "fp16" or "fp32"
     * profile: batch sizes of GPU engines; workspace: bytes of scratch memory for them, None for all there is
     * dla: the DLA core of a Jetson, None for the GPU
+    * placement: "measured" leaves layers in float where INT8 does not pay on this machine, "rules" does not look
+    * rescue: whether INT8 that is not within the budget is mended; seed: of what is learned or timed for it
+    * finetune: a folder of training images or "fashion-mnist", to train INT8 that is not; None not to train
+    * calib_cache: an old TensorRT calibration cache, whose ranges NVIDIA's dialects take
     * threads: of the CPU engines, 0 for all cores
+    * already_quantized: "refuse" an ONNX file that is, or "pass" it on as it is
     """
 
     model: str
@@ -50,7 +55,7 @@ class Options:
     calibration: Path | None = None
     evaluation: Path | None = None
     allow_overlap: bool = False
-    method: str = "mse"
+    method: str = "auto"
     budget: float = DEFAULT_BUDGET
     backends: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
@@ -59,14 +64,20 @@ class Options:
     profile: BatchProfile = field(default_factory=BatchProfile)
     workspace: int | None = None
     dla: int | None = None
+    placement: str = "measured"
+    rescue: bool = True
+    finetune: str | None = None
+    calib_cache: Path | None = None
+    seed: int = 21
     threads: int = 0
     model_options: Mapping[str, Any] = field(default_factory=dict)
     completion: Completion = field(default_factory=Completion)
+    already_quantized: str = "refuse"
 
     @property
     def request(self) -> ModelRequest:
         """What is said about the network."""
-        return ModelRequest(self.model, self.weights, self.model_options, self.completion)
+        return ModelRequest(self.model, self.weights, self.model_options, self.completion, self.already_quantized)
 
 
 class RunContext:

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgewright.context import Options, RunContext
 from edgewright.graphs import NVIDIA_DIALECTS, Graphs
+from edgewright.int8 import Int8Graphs
 from edgewright.outcome import EngineRow
 from edgewright.runtime.audit import shares_of_work
 from edgewright.runtime.backends import BACKENDS, Absence, Backend, BuildRequest
@@ -29,15 +30,20 @@ NOTHING_TO_GAIN = Absence(
     "the plan says why for each of them",
 )
 
+ALREADY_QUANTIZED = Absence(
+    "already_quantized", "the graph came quantized and is taken as it is", "give the float graph for other engines"
+)
+
 NO_DLA = Absence("target_unsupported", "a DLA is part of a Jetson", "take the backend tensorrt there")
 
 
 class Engines:
     """The engines of one run."""
 
-    def __init__(self, context: RunContext, graphs: Graphs) -> None:
+    def __init__(self, context: RunContext, graphs: Graphs, int8: Int8Graphs) -> None:
         self._context = context
         self._graphs = graphs
+        self._int8 = int8
         self._combinations = tuple(_combinations(context.options))
         if not self._combinations:
             raise BuildError(
@@ -48,7 +54,7 @@ class Engines:
     @property
     def need_calibration(self) -> bool:
         """Whether any engine that can be built here needs measured ranges."""
-        return any(
+        return not self._context.source.quantized and any(
             precision in ("fp16", "int8") and backend.absence() is None for backend, precision, _ in self._combinations
         )
 
@@ -66,10 +72,12 @@ class Engines:
 
     def graph(self, backend: str, precision: str) -> OnnxArtifact:
         """The graph that an engine is built from: precision lives in it, but for bf16, which is a backend's option."""
+        if self._context.source.quantized:
+            return self._graphs.exported
         if precision == "fp16":
             return self._graphs.half
         if precision == "int8":
-            return self._graphs.quantized(BACKENDS[backend].dialect).artifact
+            return self._int8.quantized(BACKENDS[backend].dialect).artifact
         return self._graphs.folded
 
     def _row(self, backend: Backend, precision: str, target: str | None) -> EngineRow:
@@ -77,22 +85,41 @@ class Engines:
         absence = backend.absence() or backend.unsupported(precision, target)
         if self._context.options.dla is not None and target is not None:
             absence = NO_DLA
+        if absence is None and self._context.source.quantized:
+            absence = self._quantized_absence(backend, precision)
         if absence is not None:
             return _without(row, absence)
         stem = f"{ENGINES_FOLDER}/{'-'.join(word for word in (backend.name, precision, target) if word)}"
         files = f"{stem}{backend.suffix}", f"{stem}.json"
         try:
             graph = self.graph(backend.name, precision)
-            if precision == "int8" and not self._graphs.quantized(backend.dialect).int8_layers:
-                self._forget(files)
-                return _without(row, NOTHING_TO_GAIN)
-            info = self._built(backend, precision, target, graph, files)
+            remainder = "fp32"
+            if precision == "int8" and not self._context.source.quantized:
+                quantized = self._int8.quantized(backend.dialect)
+                if not quantized.int8_layers:
+                    self._forget(files)
+                    return _without(row, NOTHING_TO_GAIN)
+                remainder = quantized.remainder
+            info = self._built(backend, precision, target, graph, files, remainder)
         except (CalibrationError, QuantizationError) as error:
             self._forget(files)
             return replace(row, status="failed", reason_code="quantization_failed", reason=str(error))
         except BuildError as error:
             return replace(row, status="failed", reason_code="build_failed", reason=str(error))
         return replace(row, status="built_not_run", reason_code="not_evaluated", path=files[0], info=info)
+
+    def _quantized_absence(self, backend: Backend, precision: str) -> Absence | None:
+        """Why a graph that came quantized makes no such engine, or None."""
+        if precision != "int8":
+            return ALREADY_QUANTIZED
+        if backend.dialect not in NVIDIA_DIALECTS:
+            return None
+        import onnx_ir as ir
+
+        from edgewright.optimize.already_quantized import nvidia_refusal
+
+        reason = nvidia_refusal(backend.dialect, ir.load(self._context.workspace.path(self._graphs.exported.path)))
+        return replace(ALREADY_QUANTIZED, reason=reason) if reason else None
 
     def _forget(self, files: tuple[str, str]) -> None:
         """Removes an engine of an earlier graph, and the report that may recommend it."""
@@ -101,7 +128,13 @@ class Engines:
             workspace.forget(REPORT_FILE, *files)
 
     def _built(
-        self, backend: Backend, precision: str, target: str | None, graph: OnnxArtifact, files: tuple[str, str]
+        self,
+        backend: Backend,
+        precision: str,
+        target: str | None,
+        graph: OnnxArtifact,
+        files: tuple[str, str],
+        remainder: str,
     ) -> EngineInfo:
         options, workspace = self._context.options, self._context.workspace
         timing_file = f"{ENGINES_FOLDER}/{backend.name}.timing"
@@ -114,7 +147,7 @@ class Engines:
                 BuildRequest(
                     content,
                     precision,
-                    planned_in(content, precision),
+                    planned_in(content, precision, remainder),
                     target,
                     options.profile,
                     options.workspace,
@@ -138,6 +171,7 @@ class Engines:
 
         parts = {
             "graph": graph.sha256,
+            "remainder": remainder,
             "preprocessing": json.dumps(self._context.preprocess.to_json()),
             "labels": json.dumps(graph.labels),
             "machine": machine(),
@@ -167,12 +201,17 @@ def _without(row: EngineRow, absence: Absence) -> EngineRow:
     return replace(row, reason_code=absence.reason_code, reason=f"{absence.reason}; {absence.hint}")
 
 
-def planned_in(graph: bytes, precision: str) -> tuple[PlannedLayer, ...]:
-    """What each layer of a serialized graph is to run in; BF16 is no matter of the graph."""
+def planned_in(graph: bytes, precision: str, remainder: str = "fp32") -> tuple[PlannedLayer, ...]:
+    """What each layer of a serialized graph is to run in; BF16 is no matter of the graph, but of the backend's options.
+
+    `remainder`: what the FP32 layers of an INT8 graph run in, "fp32" or "bf16".
+    """
     import onnx
     import onnx_ir as ir
 
     from edgewright.optimize.work import planned_layers
 
     layers = planned_layers(ir.from_proto(onnx.load_from_string(graph)))
-    return tuple(replace(layer, precision="bf16") for layer in layers) if precision == "bf16" else layers
+    if precision == "bf16" or (precision == "int8" and remainder == "bf16"):
+        return tuple(replace(layer, precision="bf16") if layer.precision == "fp32" else layer for layer in layers)
+    return layers

@@ -1,4 +1,4 @@
-"""The stages that make graphs: export → fold → calibrate → cast to FP16 and quantize.
+"""The stages that make graphs in floating point, and what INT8 is made of: export → fold → calibrate → cast to FP16.
 
 Each property makes its stage and those before it, or reuses what has not changed. torch and onnx are imported only
 where a stage is really made.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgewright.calibration.datasets import check_disjoint, image_folder
+from edgewright.calibration.division import held_back
 from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
@@ -27,22 +30,22 @@ from edgewright.runtime.files import read_json, sha256_of, sha256_of_file, write
 from edgewright.runtime.specs import OnnxArtifact, TensorSpec
 from edgewright.workspace import StageRun, library_versions, source_hash
 
-__all__ = ["CALIBRATION_FILE", "NVIDIA_DIALECTS", "Graphs", "QuantizedArtifact"]
+__all__ = ["CALIBRATION_FILE", "NVIDIA_DIALECTS", "Graphs"]
 
 CODE = "graphs.py"
 CHECK_SEED = 21
+DECODED_BYTES = 1 << 28
+"""Of calibration images that are kept decoded while layers and ranges are tried on them."""
+MOST_DECODED = 512
+DECODED_AT_ONCE = 32
 MODEL_FILE, FOLDED_FILE, CALIBRATION_FILE = "model.onnx", "folded.onnx", "calibration.json"
 NVIDIA_DIALECTS = ("tensorrt", "rtx")  # `optimize/dialects.py` imports onnx, a run in which nothing changed must not
 FOLDING_FILES = ("edits", "fold_batchnorm", "passes", "recognize_batchnorm", "verify")
+CALIBRATION_FILES = (
+    *("channels", "collect", "division", "glimpse", "image_checks", "nonfinite", "observers", "ranges", "sessions"),
+    "stream",
+)
 PLAN_SCHEMA = "edgewright.plan/1"
-
-
-@dataclass(frozen=True)
-class QuantizedArtifact:
-    """A quantized graph, and how many of its convolutions and matrix products are INT8."""
-
-    artifact: OnnxArtifact
-    int8_layers: int
 
 
 class Graphs:
@@ -52,7 +55,6 @@ class Graphs:
         self._context = context
         self._options = context.options
         self._workspace = context.workspace
-        self._quantized: dict[str, QuantizedArtifact] = {}
 
     @functools.cached_property
     def reference_module(self) -> Any:
@@ -61,10 +63,11 @@ class Graphs:
 
     def reference(self) -> Infer:
         """The source itself: the PyTorch model, or the ONNX file that a person gave."""
-        if self._context.source.onnx is not None:
+        source = self._context.source
+        if source.onnx is not None:
             from edgewright.export.from_onnx import reference_of
 
-            return reference_of(self._context.source.onnx, fingerprint=self._context.source.fingerprint)
+            return reference_of(source.onnx, fingerprint=source.fingerprint, quantized=source.quantized)
         from edgewright.export.reference import torch_reference
 
         keep_freed_memory()
@@ -105,15 +108,19 @@ class Graphs:
         if source.onnx is not None:
             from edgewright.export.from_onnx import import_onnx
 
-            return import_onnx(source.onnx, input_shape, opset=opset, fingerprint=source.fingerprint)
+            return import_onnx(
+                source.onnx, input_shape, opset=opset, fingerprint=source.fingerprint, quantized=source.quantized
+            )
         from edgewright.export.to_onnx import export_onnx
 
         return export_onnx(self.reference_module, input_shape, opset=opset)
 
     @functools.cached_property
     def folded(self) -> OnnxArtifact:
-        """The exported graph with its batch normalization folded into the convolutions."""
+        """The exported graph with its batch normalization folded into the convolutions; a quantized one as it is."""
         before = self.exported
+        if self._context.source.quantized:
+            return before
 
         def make() -> Mapping[str, Any]:
             import onnx_ir as ir
@@ -148,14 +155,18 @@ class Graphs:
 
     @functools.cached_property
     def calibrated(self) -> str:
-        """SHA-256 of `calibration.json`: a histogram of every activation over the calibration images, labels unseen."""
+        """SHA-256 of `calibration.json`: a histogram of every activation over the calibration images, labels unseen.
+
+        A quarter of the images is held back, to check what the others chose.
+        """
         preprocess, graph, images = self._context.preprocess, self.folded, self.calibration_images
         identity = {
             "graph": graph.sha256,
             "images": images.identity,
             "preprocessing": json.dumps(preprocess.to_json()),
             "calibration code": source_hash(
-                *(f"calibration/{file}.py" for file in ("collect", "observers", "ranges", "stream")),
+                *(f"calibration/{file}.py" for file in CALIBRATION_FILES),
+                *(f"optimize/{file}.py" for file in ("calibration_warnings", "dead_channels", "expected_images")),
                 "runtime/preprocess.py",
             ),
             "libraries": library_versions("onnx-ir", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow"),
@@ -165,17 +176,31 @@ class Graphs:
             import onnx_ir as ir
 
             from edgewright.calibration.collect import batch_size, collect
+            from edgewright.calibration.glimpse import Glimpse
+            from edgewright.optimize.calibration_warnings import calibration_warnings
 
             model = ir.load(self._workspace.path(graph.path))
+            choosing = images.subset(np.flatnonzero(~held_back(len(images))))
+            glimpse = Glimpse(len(choosing))
             table = collect(
                 model,
-                batches(images, preprocess, batch_size(model)),
+                glimpse.watched(batches(choosing, preprocess, batch_size(model))),
                 identity=identity,
                 threads=self._options.threads,
-                progress=lambda done: self._context.observer.progressed("calibrate", done, len(images)),
+                progress=lambda done: self._context.observer.progressed("calibrate", done, len(choosing)),
             )
             write_json(self._workspace.path(CALIBRATION_FILE), table.to_json())
-            return {"images": table.samples, "tensors": len(table.histograms)}
+            exported = ir.load(self._workspace.path(self.exported.path))
+            warnings = calibration_warnings(
+                exported,
+                model,
+                preprocess,
+                glimpse.images,
+                table,
+                given=len(images),
+                threads=self._options.threads,
+            )
+            return {"images": table.samples, "tensors": len(table.histograms), "notes": list(warnings)}
 
         self._stage("calibrate", identity, (CALIBRATION_FILE,), make)
         return sha256_of_file(self._workspace.path(CALIBRATION_FILE))
@@ -183,17 +208,17 @@ class Graphs:
     @functools.cached_property
     def half(self) -> OnnxArtifact:
         """The folded graph in FP16, for NVIDIA's targets."""
-        parts = self._rewriting_parts()
+        parts = self.rewriting_parts()
         graph, file, plan_file = self.folded, "fp16.onnx", "plan-fp16.json"
 
         def make() -> Mapping[str, Any]:
             from edgewright.optimize.dialects import half_graph
 
-            result = half_graph(*self._folded_and_table())
+            result = half_graph(*self.folded_and_table())
             decisions = [vars(decision) for decision in result.decisions]
             write_json(self._workspace.path(plan_file), {"schema": PLAN_SCHEMA, "decisions": decisions})
             return {
-                "artifact": replace(graph, path=file, sha256=self._written(file, result.model)).to_json(),
+                "artifact": replace(graph, path=file, sha256=self.written(file, result.model)).to_json(),
                 "casts": result.casts,
                 "nodes": len(decisions),
                 "fp32": [decision for decision in decisions if decision["precision"] == "fp32"],
@@ -201,36 +226,6 @@ class Graphs:
 
         run = self._stage("cast fp16", parts, (file, plan_file), make)
         return OnnxArtifact.from_json(run.facts["artifact"])
-
-    def quantized(self, dialect: str) -> QuantizedArtifact:
-        """The folded graph with explicit Q/DQ in `dialect`."""
-        if dialect not in self._quantized:
-            self._quantized[dialect] = self._quantize(dialect)
-        return self._quantized[dialect]
-
-    def _quantize(self, dialect: str) -> QuantizedArtifact:
-        parts = {**self._rewriting_parts(), "method": self._options.method}
-        graph, file, plan_file = self.folded, f"int8-{dialect}.onnx", f"plan-{dialect}.json"
-
-        def make() -> Mapping[str, Any]:
-            from edgewright.optimize.dialects import quantized_graph
-            from edgewright.optimize.plan import COMPUTE_OPERATORS
-
-            model, table = self._folded_and_table()
-            result = quantized_graph(
-                dialect, model, table, method=self._options.method, remainder=self._options.remainder
-            )
-            write_json(self._workspace.path(plan_file), result.plan.to_json())
-            return {
-                "artifact": replace(graph, path=file, sha256=self._written(file, result.model)).to_json(),
-                "int8_layers": result.int8_layers,
-                "layers": sum(decision.operator in COMPUTE_OPERATORS for decision in result.plan.decisions),
-            }
-
-        if dialect in NVIDIA_DIALECTS:
-            parts["remainder"] = self._options.remainder
-        run = self._stage(f"quantize {dialect}", parts, (file, plan_file), make)
-        return QuantizedArtifact(OnnxArtifact.from_json(run.facts["artifact"]), run.facts["int8_layers"])
 
     @functools.cached_property
     def calibration_images(self) -> ImageSet:
@@ -240,6 +235,23 @@ class Graphs:
         if self._options.evaluation is not None or self._context.source.data is not None:
             check_disjoint(images, self.evaluation_images, allow_overlap=self._options.allow_overlap)
         return replace(images, labels=None)  # ranges are chosen without labels, so their change changes nothing
+
+    @property
+    def decoded_calibration(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Calibration images `[N, C, H, W]`: those that choose, and those that are held back.
+
+        At most 512 and 256 MiB of them, evenly spaced. Of fewer than four images none is held back, and all do both.
+        """
+        images = self.calibration_images
+        checks = held_back(len(images))
+        most = max(4, min(MOST_DECODED, DECODED_BYTES // (4 * math.prod(self._context.input_shape))))
+        step = -(-len(images) // most)
+        chosen = [np.flatnonzero(~checks)[::step], np.flatnonzero(checks)[::step]]
+        parts = [self._decoded(images.subset(part)) for part in chosen if len(part)]
+        return parts[0], parts[-1]
+
+    def _decoded(self, images: ImageSet) -> NDArray[np.float32]:
+        return np.concatenate(list(batches(images, self._context.preprocess, DECODED_AT_ONCE)))
 
     @functools.cached_property
     def evaluation_images(self) -> ImageSet:
@@ -273,7 +285,8 @@ class Graphs:
             f"give --{use} DIR with photographs like those it will see; random data is never used",
         )
 
-    def _rewriting_parts(self) -> dict[str, str]:
+    def rewriting_parts(self) -> dict[str, str]:
+        """Of the key of every stage that rewrites the folded graph by what was measured."""
         return {
             "calibration": self.calibrated,
             "graph": self.folded.sha256,
@@ -281,7 +294,8 @@ class Graphs:
             "libraries": library_versions(*GRAPH_LIBRARIES),
         }
 
-    def _folded_and_table(self) -> tuple[Any, Any]:
+    def folded_and_table(self) -> tuple[Any, Any]:
+        """The folded `ir.Model` and its `CalibrationTable`."""
         import onnx_ir as ir
 
         from edgewright.calibration.collect import CalibrationTable
@@ -289,7 +303,7 @@ class Graphs:
         content = read_json(self._workspace.path(CALIBRATION_FILE))
         return ir.load(self._workspace.path(self.folded.path)), CalibrationTable.from_json(content)
 
-    def _written(self, file: str, model: Any) -> str:
+    def written(self, file: str, model: Any) -> str:
         """Checks and writes a graph; its SHA-256."""
         import onnx
         import onnx_ir as ir

@@ -198,7 +198,7 @@ def _artifact(pipeline: Pipeline, precision: str) -> OnnxArtifact:
         return pipeline.folded
     if precision == "fp16":
         return pipeline.half
-    quantized = pipeline.graphs.quantized("tensorrt")
+    quantized = pipeline.int8.quantized("tensorrt")
     if not quantized.int8_layers:
         raise QuantizationError(f"{NOTHING_TO_GAIN.reason} ({NOTHING_TO_GAIN.hint})")
     return quantized.artifact

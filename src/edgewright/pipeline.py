@@ -1,4 +1,4 @@
-"""The stages in order: export → fold → calibrate → cast, quantize → build → prove.
+"""The stages in order: export → fold → calibrate → cast, place, quantize → build → prove.
 
 A facade over the stages: each property or method makes its stage and those before it, or reuses what has not changed.
 A run in which nothing changed imports neither torch nor onnx and takes a second.
@@ -6,11 +6,13 @@ A run in which nothing changed imports neither torch nor onnx and takes a second
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from edgewright.context import VERDICT_NEEDS, Options, RunContext
 from edgewright.engines import Engines
 from edgewright.graphs import Graphs
+from edgewright.int8 import Int8Graphs
 from edgewright.outcome import EngineRow, Outcome, Reference, conclusion, target_choices
 from edgewright.proof import Proof
 from edgewright.runtime.parity import compare
@@ -23,13 +25,14 @@ __all__ = ["Options", "Pipeline"]
 class Pipeline:
     """One model in one build folder. Call the methods inside `workspace.locked()`.
 
-    `context`, `graphs`, `engines` and `proof` are its parts, for what is made of more than one of them.
+    `context`, `graphs`, `int8`, `engines` and `proof` are its parts, for what is made of more than one of them.
     """
 
     def __init__(self, options: Options, observer: Observer | None = None) -> None:
         self.context = RunContext(options, observer)
         self.graphs = Graphs(self.context)
-        self.engines = Engines(self.context, self.graphs)
+        self.int8 = Int8Graphs(self.context, self.graphs)
+        self.engines = Engines(self.context, self.graphs, self.int8)
         self.proof = Proof(self.context, self.graphs, self.engines)
 
     @property
@@ -69,7 +72,7 @@ class Pipeline:
 
     def quantized(self, dialect: str) -> OnnxArtifact:
         """The graph with explicit Q/DQ in `dialect`."""
-        return self.graphs.quantized(dialect).artifact
+        return self.int8.quantized(dialect).artifact
 
     @property
     def built(self) -> tuple[EngineRow, ...]:
@@ -99,5 +102,12 @@ class Pipeline:
             reference=Reference(own.top1, own.top5, own.images, own.labelled),
             rows=rows,
             targets=target_choices(rows),
-            notes=(source.note,) if source.note else (),
+            notes=tuple(self._notes()),
         )
+
+    def _notes(self) -> Iterator[str]:
+        """What a person should know: of the source, and of what the stages noticed and decided."""
+        if self.context.source.note:
+            yield self.context.source.note
+        for run in self.context.runs:
+            yield from run.facts.get("notes", ())

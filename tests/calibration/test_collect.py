@@ -286,7 +286,7 @@ def test_no_images_are_refused() -> None:
 def test_a_single_nan_among_the_weights_is_refused_by_name(name: str) -> None:
     broken = constants()[name]
     broken.reshape(-1)[-1] = np.nan
-    with pytest.raises(CalibrationError, match=f"weight {name} holds NaN"):
+    with pytest.raises(CalibrationError, match=f"weight {name} holds NaN, which layer "):
         collect(small_net(**{name: broken}), [images(2)], identity={})
 
 
@@ -296,14 +296,76 @@ def test_a_single_bad_pixel_is_refused_with_its_images(bad: float, place: int) -
     # onnxruntime's ReduceMin and ReduceMax pass over a lone NaN, and the samples need not meet it
     array = images(7)
     array[5].reshape(-1)[place] = bad
-    with pytest.raises(CalibrationError, match=r"activation x holds NaN or infinite values among images 4 … 6"):
+    with pytest.raises(CalibrationError, match=r"image 6 holds (NaN|infinite values) behind the preprocessing"):
         collect(small_net(), in_batches(array, 3), identity={})
 
 
 def test_an_overflowing_activation_is_refused_by_name() -> None:
     huge = constants()["v"] * np.float32(1e38)
-    with pytest.raises(CalibrationError, match=r"activation d holds NaN or infinite.*images 1 … 2.*check the weights"):
+    reason = r"layer depthwise \(Conv\) gives .*infinite values for image 1: .*exceed float32; check the weights"
+    with pytest.raises(CalibrationError, match=reason):
         collect(small_net(v=huge), [images(2) * np.float32(100)], identity={})
+
+
+def test_an_infinite_weight_is_named_with_its_layer() -> None:
+    broken = constants()["v"]
+    broken[2, 0, 1, 1] = np.inf
+    with pytest.raises(CalibrationError, match=r"layer depthwise \(Conv\) .*: its weight v holds infinite values"):
+        collect(small_net(v=broken), [images(2)], identity={})
+
+
+def test_the_second_image_alone_overflows_and_is_named() -> None:
+    array = images(3) * np.float32(1e-3)
+    array[1] *= np.float32(1e10)
+    with pytest.raises(CalibrationError, match=r"layer depthwise .* for image 5: it reads finite values from"):
+        collect(small_net(v=constants()["v"] * np.float32(1e33)), [images(3) * np.float32(1e-6), array], identity={})
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        ("Div (x, zero)", r"layer odd \(Div\) gives infinite values for image 1: it divides by 0"),
+        ("Log (x)", r"layer odd \(Log\) gives NaN for image 1: it is not defined for all of the finite values"),
+        ("Sqrt (x)", r"layer odd \(Sqrt\) gives NaN for image 1: it is not defined for all of the finite values"),
+    ],
+)
+def test_what_the_arithmetic_cannot_do_is_named(call: str, reason: str) -> None:
+    model = graph(
+        f"[odd] o = {call} [flat] y = Flatten (o)",
+        "float[N, 3, 4, 4] x",
+        "float[N, 48] y",
+        zero=np.zeros((), np.float32),
+    )
+    with pytest.raises(CalibrationError, match=reason):
+        collect(model, [normal("odd", 2, 3, 4, 4)], identity={})
+
+
+def test_an_infinite_limit_is_no_fault() -> None:
+    model = graph(
+        "[clip] y = Clip (x, low, high)",
+        "float[N, 3, 4, 4] x",
+        "float[N, 3, 4, 4] y",
+        low=np.zeros((), np.float32),
+        high=np.array(np.inf, np.float32),
+    )
+    assert collect(model, [normal("limit", 2, 3, 4, 4)], identity={}).samples == 2
+
+
+def test_channels_of_one_value_over_all_images_are_found() -> None:
+    weight, bias = constants()["w"], constants()["b"]
+    weight[[1, 4]], bias[1], bias[4] = 0.0, -2.0, 0.0
+    table = collect(small_net(w=weight, b=bias), in_batches(images(5), 2), identity={})
+    assert table.constant_channels["a"] == {1: -2.0, 4: 0.0}
+    assert table.constant_channels["m"].keys() == {1, 4}
+    again = CalibrationTable.from_json(json.loads(json.dumps(table.to_json())))
+    assert again.constant_channels == table.constant_channels
+    assert "a" not in collect(small_net(), in_batches(images(5), 2), identity={}).constant_channels
+
+
+def test_a_channel_that_one_image_alone_moves_is_not_constant() -> None:
+    array = np.ones((3, 3, 20, 18), np.float32)
+    array[2, 1, 4, 4] = 1.5
+    assert collect(small_net(), in_batches(array, 1), identity={}).constant_channels["x"] == {0: 1.0, 2: 1.0}
 
 
 # --- The table ---------------------------------------------------------------------------------------------------
@@ -328,7 +390,7 @@ def test_ranges_of_a_table_hold_zero_and_stay_inside_the_values(method: str) -> 
 
 def test_unknown_method_is_refused_with_the_known_ones() -> None:
     table = collect(small_net(), [images(1)], identity={})
-    with pytest.raises(CalibrationError, match=r"unknown range method 'magic'; choose one of minmax, percentile"):
+    with pytest.raises(CalibrationError, match=r"unknown range method 'magic'; choose one of auto, minmax, percentile"):
         table.ranges("magic")
 
 

@@ -201,6 +201,31 @@ def test_bf16_is_not_taken_for_fp32(fp32_graph: bytes) -> None:
         OPENVINO.build(BuildRequest(fp32_graph, "bf16", planned))
 
 
+@needs_bf16
+def test_the_rest_of_an_int8_graph_runs_in_bf16_where_it_is_planned_so(images: Array) -> None:
+    model = net()
+    ranges = collect(model, [images], identity={}).ranges("minmax")
+    graph = quantize_for_cpu(model, plan_for_openvino(model, None, {"depthwise": "slow", "last": "slow"}), ranges)
+    planned = tuple(
+        replace(layer, precision="bf16") if layer.precision == "fp32" else layer for layer in planned_layers(graph)
+    )
+    built = OPENVINO.build(BuildRequest(serialized(graph), "int8", planned))
+    actual = {layer.name: layer.actual for layer in built.layers}
+    assert actual == {"conv": "int8", "depthwise": "bf16", "point": "int8", "last": "bf16", "head": "int8"}
+    plain = OPENVINO.build(request_for(serialized(graph), "int8"))
+    assert {layer.actual for layer in plain.layers if layer.name in ("depthwise", "last")} == {"fp32"}
+    assert plain.compiled.engine != built.compiled.engine
+    assert np.abs(results(built, images) - results(plain, images)).max() > 0  # the stamp tells it when it is loaded
+    assert relative_error(results(built, images), serialized(graph), images) < 0.05
+
+
+@needs_bf16
+def test_a_rest_in_fp32_is_not_taken_for_bf16(int8_graph: bytes) -> None:
+    planned = tuple(replace(layer, precision="bf16") for layer in request_for(int8_graph, "int8").planned)
+    with pytest.raises(BuildError, match=r"conv \(bf16 → int8\)"):
+        OPENVINO.build(BuildRequest(int8_graph, "int8", planned))
+
+
 def test_other_kernels_at_other_batches_are_refused() -> None:
     planned = (PlannedLayer("conv", "Conv", "int8", 1),)
     single, several = (Kernel("k", "Convolution", ("conv",), precision) for precision in ("int8", "fp32"))

@@ -1,0 +1,137 @@
+"""CPU latency of the engine that would be recommended beside the fastest of the peers': batch 1, two threads, one run.
+
+Ours are FP32 and INT8 where it pays, of onnxruntime and OpenVINO, and OpenVINO's BF16; the peers are FP32 of both,
+BF16, the graph of onnxruntime's own quantizer and, where NNCF is installed, its graph in OpenVINO. All engines take
+turns. A random network is as fast as a trained one, so calibration is on noise, and nothing is said of accuracy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from figures import Figure
+from networks import NETWORKS, SHAPE, noise
+from numpy.typing import NDArray
+from quantizers import calibrated, quantize_with_onnxruntime, serialized
+
+from edgewright.optimize.dialects import Quantizer
+from edgewright.optimize.placement import placed
+from edgewright.optimize.work import planned_layers
+from edgewright.runtime.backends import BACKENDS, BuildRequest
+from edgewright.runtime.latency import interleaved_samples, paired_ratio
+
+THREADS = 2
+BOUND = 1.0
+CALIBRATION_IMAGES = 16
+PLACEMENT_SECONDS, COMPARISON_SECONDS = 10.0, 40.0
+PLAIN = "onnxruntime FP32"
+
+Batch = NDArray[np.float32]
+Runs = dict[str, Callable[[], object]]
+
+
+def measure() -> Iterator[Figure]:
+    """For each network all engines as a share of onnxruntime's FP32, then ours as a share of the fastest peer."""
+    if importlib.util.find_spec("nncf") is None:
+        print("  NNCF is not installed: not compared")
+    for name, network in NETWORKS.items():
+        yield from _network(name, network())
+
+
+def _network(name: str, model: ir.Model) -> Iterator[Figure]:
+    images = noise(CALIBRATION_IMAGES)
+    with ExitStack() as stack:
+        both = _runs(stack, _in_float(model), images[:1])  # what a peer gives without any quantizer, and so do we
+        ours = _runs(stack, _placed(model, images), images[:1])
+        peers = _runs(stack, _by_onnxruntime(model, images), images[:1]) | _by_nncf(model, images)
+        samples = interleaved_samples(both | ours | peers, budget_seconds=COMPARISON_SECONDS, min_runs=30, max_runs=400)
+    for words, taken in samples.items():
+        ratio = paired_ratio(taken, samples[PLAIN])
+        note = f"95 % interval {ratio.low:.3f} … {ratio.high:.3f}, {np.median(taken):.2f} ms"
+        yield Figure(f"{name}, {words}: latency, share of {PLAIN}", ratio.median, "", note=note)
+    best, theirs = (
+        min(names, key=lambda words: float(np.median(samples[words]))) for names in (both | ours, both | peers)
+    )
+    ratio = paired_ratio(samples[best], samples[theirs])
+    note = f"{best} against {theirs}, 95 % interval {ratio.low:.3f} … {ratio.high:.3f}"
+    yield Figure(f"{name}: ours, share of the fastest peer", ratio.median, "", BOUND, note=note)
+
+
+def _in_float(model: ir.Model) -> Iterator[tuple[str, str, bytes]]:
+    """Names, backends and engines."""
+    for backend, precision in (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
+        if BACKENDS[backend].absence() is None and BACKENDS[backend].unsupported(precision, None) is None:
+            planned = tuple(replace(layer, precision=precision) for layer in planned_layers(model))
+            built = BACKENDS[backend].build(BuildRequest(serialized(model), precision, planned))
+            yield f"{backend} {precision.upper()}", backend, built.compiled.engine
+
+
+def _placed(model: ir.Model, images: Batch) -> Iterator[tuple[str, str, bytes]]:
+    table = calibrated(model, images)
+    for backend in ("onnxruntime", "openvino"):
+        if BACKENDS[backend].absence() is not None:
+            print(f"  {backend} is not installed: not compared")
+            continue
+        quantizer = Quantizer(BACKENDS[backend].dialect, model, table, method="minmax")
+        found = placed(quantizer, BACKENDS[backend], threads=THREADS, budget_seconds=PLACEMENT_SECONDS)
+        quantized = quantizer.quantized(found.left_out)
+        print(f"  {backend}: {found.chosen}, {quantized.int8_layers} layers in INT8, {len(found.left_out)} left out")
+        if quantized.int8_layers:
+            planned = tuple(
+                replace(layer, precision=found.remainder) if layer.precision == "fp32" else layer
+                for layer in planned_layers(quantized.model)
+            )
+            built = BACKENDS[backend].build(BuildRequest(serialized(quantized.model), "int8", planned))
+            yield f"{backend} INT8 where it pays", backend, built.compiled.engine
+
+
+def _by_onnxruntime(model: ir.Model, images: Batch) -> Iterator[tuple[str, str, bytes]]:
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
+        source.write_bytes(serialized(model))
+        quantize_with_onnxruntime(source, target, images)
+        yield "onnxruntime's quantizer", "onnxruntime", target.read_bytes()
+
+
+def _by_nncf(model: ir.Model, images: Batch) -> Runs:
+    """As NNCF's documentation has it; the rest in FP32 and, where the processor has it, in BF16, OpenVINO's default."""
+    if importlib.util.find_spec("nncf") is None or BACKENDS["openvino"].absence() is not None:
+        return {}
+    import nncf
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "folded.onnx"
+        source.write_bytes(serialized(model))
+        read = openvino.convert_model(source, input=[1, *SHAPE])
+        dataset = nncf.Dataset(images, lambda image: image[None])
+        quantized: Any = nncf.quantize(read, dataset, subset_size=len(images))
+    runs: Runs = {}
+    for rest in ("f32", "bf16"):
+        if rest == "f32" or BACKENDS["openvino"].unsupported("bf16", None) is None:
+            settings = {
+                "PERFORMANCE_HINT": "LATENCY",
+                "INFERENCE_NUM_THREADS": THREADS,
+                "INFERENCE_PRECISION_HINT": rest,
+            }
+            request = openvino.Core().compile_model(quantized, "CPU", settings).create_infer_request()
+            runs[f"NNCF in OpenVINO, the rest in {rest}"] = partial(request.infer, [images[:1]])
+    return runs
+
+
+def _runs(stack: ExitStack, engines: Iterator[tuple[str, str, bytes]], image: Batch) -> Runs:
+    runs: Runs = {}
+    for name, backend, engine in engines:
+        runner = stack.enter_context(BACKENDS[backend].open(engine, threads=THREADS))
+        feeds: Mapping[str, Batch] = {runner.inputs[0].name: image}
+        runs[name] = partial(runner.infer, feeds)
+    return runs

@@ -1,0 +1,169 @@
+"""What others make of the same graph and the same images: NNCF, NVIDIA's ModelOpt, onnxruntime's quantizer.
+
+Each works in a process of its own, since ModelOpt changes onnxruntime's quantizer for everybody in its process, and in
+an environment of its own if there is one: `make peers-env`, or $EDGEWRIGHT_PEERS, the Python interpreter to use. This
+file imports nothing of Edgewright, so that such an environment needs to hold nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["PEERS", "PeerResult", "peer_result"]
+
+Batch = NDArray[np.float32]
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH = 16
+INPUT = "images"
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """Seconds of quantizing, the logits `[N, classes]` of what came out, and `graph`, its ONNX or OpenVINO file."""
+
+    seconds: float
+    logits: Batch
+    graph: Path
+
+
+def peer_result(name: str, graph: bytes, calibration: Batch, judged: Batch, folder: Path) -> PeerResult | None:
+    """What `name`, one of `PEERS`, makes of an FP32 `graph`; None where it is not installed. Files go into `folder`.
+
+    Raises `RuntimeError` with its last words if it fails.
+    """
+    (folder / "source.onnx").write_bytes(graph)
+    np.save(folder / "calibration.npy", calibration)
+    np.save(folder / "judged.npy", judged)
+    command = [_python(), str(Path(__file__).resolve()), name, str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode == 3:
+        return None
+    if run.returncode:
+        raise RuntimeError(f"{name} failed: {run.stderr[-600:]}")
+    facts = json.loads((folder / "facts.json").read_text())
+    return PeerResult(facts["seconds"], np.load(folder / "logits.npy"), folder / facts["graph"])
+
+
+def _python() -> str:
+    own = ROOT / ".venv-peers" / "bin" / "python"
+    return os.environ.get("EDGEWRIGHT_PEERS") or (str(own) if own.exists() else sys.executable)
+
+
+def _by_nncf(source: Path, images: Batch, folder: Path) -> Path:
+    import nncf
+    import openvino
+
+    dataset = nncf.Dataset(images, lambda image: image[None])
+    mixed = nncf.QuantizationPreset.MIXED  # asymmetric activations: what OpenVINO's processors are fastest with
+    quantized = nncf.quantize(openvino.convert_model(source), dataset, subset_size=len(images), preset=mixed)
+    openvino.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
+    return folder / "nncf.xml"
+
+
+def _by_modelopt(source: Path, images: Batch, folder: Path) -> Path:
+    from modelopt.onnx.quantization import quantize
+
+    target = folder / "modelopt.onnx"
+    quantize(
+        str(source),
+        calibration_data={INPUT: images},
+        output_path=str(target),
+        calibration_method="entropy",
+        high_precision_dtype="fp32",  # onnxruntime runs no FP16 on a CPU
+    )
+    return target
+
+
+def _by_onnxruntime(**setting: Any) -> Callable[[Path, Batch, Path], Path]:
+    def quantizer(source: Path, images: Batch, folder: Path) -> Path:
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+        class Reader(CalibrationDataReader):  # type: ignore[misc]
+            def __init__(self) -> None:
+                self._parts = (images[start : start + 2 * BATCH] for start in range(0, len(images), 2 * BATCH))
+
+            def get_next(self) -> dict[str, Batch] | None:
+                part = next(self._parts, None)
+                return None if part is None else {INPUT: part}
+
+        target = folder / "onnxruntime.onnx"
+        quantize_static(
+            str(source),
+            str(target),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            **{key: _method(value) for key, value in setting.items()},
+        )
+        return target
+
+    return quantizer
+
+
+def _method(name: str) -> Any:
+    from onnxruntime.quantization import CalibrationMethod
+
+    return CalibrationMethod[name]
+
+
+PEERS: dict[str, tuple[str, Callable[[Path, Batch, Path], Path]]] = {
+    "NNCF": ("nncf", _by_nncf),
+    "ModelOpt": ("modelopt.onnx.quantization", _by_modelopt),
+    "onnxruntime min-max": ("onnxruntime.quantization", _by_onnxruntime(calibrate_method="MinMax")),
+    "onnxruntime percentile": ("onnxruntime.quantization", _by_onnxruntime(calibrate_method="Percentile")),
+}
+"""By name: the module that has to be there, and what writes the quantized graph."""
+
+
+def _logits(graph: Path, images: Batch) -> Batch:
+    if graph.suffix == ".xml":
+        import openvino
+
+        compiled = openvino.Core().compile_model(str(graph), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        parts = [compiled(images[start : start + BATCH])[0] for start in range(0, len(images), BATCH)]
+        return np.concatenate([part.copy() for part in parts])
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+    parts = [session.run(None, {INPUT: images[start : start + BATCH]})[0] for start in range(0, len(images), BATCH)]
+    return np.concatenate(parts)
+
+
+def main(name: str, folder: Path) -> int:
+    """In the peer's own process; 3 if it is not installed."""
+    import importlib
+
+    module, quantizer = PEERS[name]
+    try:
+        importlib.import_module(module)  # loading a library is not part of the work
+    except ImportError:
+        return 3
+    images = np.load(folder / "calibration.npy")
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        os.chdir(scratch)  # some of them leave files behind
+        graph = quantizer(folder / "source.onnx", images, folder)
+        os.chdir(folder)
+    seconds = time.perf_counter() - began
+    np.save(folder / "logits.npy", _logits(graph, np.load(folder / "judged.npy")).astype(np.float32))
+    (folder / "facts.json").write_text(json.dumps({"seconds": seconds, "graph": graph.name}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2]).resolve()))
