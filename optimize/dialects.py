@@ -19,6 +19,7 @@ from edgewright.calibration.calib_cache import CalibCache, with_cached_ranges
 from edgewright.calibration.collect import CalibrationTable
 from edgewright.calibration.ranges import AUTO, Range, silu
 from edgewright.optimize.cast_fp16 import CastResult, cast_fp16
+from edgewright.optimize.keep_float import keep_float
 from edgewright.optimize.lint import check
 from edgewright.optimize.plan import COMPUTE_OPERATORS, NOTHING_LEFT_OUT, QuantPlan, plan_for_cpu
 from edgewright.optimize.plan_openvino import plan_for_openvino
@@ -162,7 +163,8 @@ class Quantizer:
         shifts = {node: shift for node, shift in self.repairs.bias_shifts.items() if node in integer}
         model = with_bias_shifts(self.model, shifts) if shifts else self.model
         if self.dialect in CPU:
-            return Quantized(quantize_for_cpu(model, plan, self.ranges, self.repairs.integers), plan)
+            quantized = quantize_for_cpu(model, plan, self.ranges, self.repairs.integers)
+            return Quantized(keep_float(quantized).model, plan)
         nvidia = NVIDIA[self.dialect]
         pooled = window_pooling(model).model  # after the plan, to which a gate's pooling would look like any other
         rest, plan = _with_remainder(pooled, plan, self.table, remainder)

@@ -21,7 +21,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgewright.calibration.collect import batch_size
-from edgewright.calibration.observers import sampling_step
 from edgewright.optimize.plan import COMPUTE_OPERATORS, clamped_output
 from edgewright.optimize.segments import GraphRun, values_by_name
 from edgewright.runtime.parity import SQNR_LIMIT_DB
@@ -35,7 +34,6 @@ __all__ = [
     "layer_errors",
     "layer_outputs",
     "own_errors",
-    "sampled_activations",
     "shared_tensors",
 ]
 
@@ -75,23 +73,6 @@ def activations_of(model: ir.Model, names: Sequence[str], *, threads: int = 0) -
     run = GraphRun(model, outputs=names, threads=threads)
     (source,) = run.inputs
     return lambda images: run({source: images})
-
-
-def sampled_activations(
-    model: ir.Model, images: Batch, tensors: Sequence[str], *, threads: int = 0
-) -> dict[str, NDArray[np.float32]]:
-    """Finite values of `tensors`, the input of `model` or activations, float32 `[K]`: evenly taken from `images`."""
-    (source,) = (str(value.name) for value in model.graph.inputs)
-    inner = [name for name in tensors if name != source]
-    activations = activations_of(model, inner, threads=threads) if inner else lambda images: {}
-    parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in tensors}
-    for chunk in _chunks(images, model):
-        found = {source: chunk, **activations(chunk)}
-        for name in tensors:
-            values = found[name].ravel()
-            values = values[:: sampling_step(max(1, values.size // len(chunk)))]
-            parts[name].append(values[np.isfinite(values)])
-    return {name: np.concatenate(pieces) for name, pieces in parts.items()}
 
 
 def layer_errors(

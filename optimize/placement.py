@@ -69,7 +69,8 @@ class Placement:
     * left_out: layers that are to stay in floating point, and why
     * remainder: what they run in, "fp32" or "bf16" on a CPU, "fp16" on NVIDIA's targets
     * layers: what each layer took; empty where the backend times no kernels
-    * trials: the networks that were timed, none if no layer can be INT8; chosen: the name of the one that was taken
+    * trials: the networks that were timed, none if no layer can be INT8 or nothing can be timed
+    * chosen: the name of the one that was taken, "" if there are none
     """
 
     left_out: Mapping[str, str]
@@ -80,7 +81,7 @@ class Placement:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a file that a person can read."""
-        return {"schema": "edgewright.placement/1", **asdict(self), "left_out": dict(self.left_out)}
+        return {"schema": "edgewright.placement/1", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,13 @@ def placed(
 
     `left_out` stay there in any case. Latency is that of one image on `threads` CPU threads, 0 for all cores, and the
     timing of whole networks takes `budget_seconds` of `clock`; `seed` is of the image of noise. `progress` is told the
-    steps done and their number. Raises `BuildError` if FP32 or all INT8 cannot be built.
+    steps done and their number. Where nothing can be timed, since no device is here or the backend builds for targets
+    that are named (see `placement_rtx.py`), nothing more is left out. Raises `BuildError` if FP32 or all INT8 cannot be
+    built.
     """
+    left_out = dict(left_out)
+    if backend.targets or backend.cannot_run() is not None:
+        return Placement(left_out, "fp16" if backend.dialect in NVIDIA else "fp32", (), (), "")
     bench = _Bench(quantizer, backend, left_out, threads)
     precisions = _float_precisions(backend)
     if not bench.layers:

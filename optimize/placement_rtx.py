@@ -47,6 +47,18 @@ class ListedPlacement:
     int8: Mapping[str, Traffic]
     builds: int
 
+    @property
+    def remainder(self) -> str:
+        """What the layers that are left out run in."""
+        return "fp16"
+
+    @property
+    def chosen(self) -> str:
+        """What was taken, in the words of `placement.Placement`."""
+        if not self.int8:
+            return "FP16"
+        return "placed" if self.left_out else "all INT8"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a file that a person can read."""
         return {"schema": "edgewright.placement-rtx/1", **asdict(self)}

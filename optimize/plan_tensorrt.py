@@ -51,7 +51,7 @@ def plan_for_tensorrt(
     for node in model.graph:
         if node.op_type in COMPUTE_OPERATORS:
             obstacle = plan.obstacle(node) or _too_little_work(node)
-            plan.decide(node, obstacle or left_out.get(str(node.name), ""))
+            plan.decide(node, obstacle or _left_out(node, left_out))
     for node in model.graph:
         branch = _identity_branch(node) if node.op_type == "Add" else None
         if branch is not None and plan.holds_integer_convolution(node, branch):
@@ -71,6 +71,11 @@ def plan_for_rtx(
                 node, plan.obstacle(node) or _costs_a_kernel(node, products) or left_out.get(str(node.name), "")
             )
     return plan.finished()
+
+
+def _left_out(node: ir.Node, left_out: Mapping[str, str]) -> str:
+    """Why a layer is to stay float though it could be INT8, or ""."""
+    return left_out[str(node.name)] or "it was left out" if node.name in left_out else ""
 
 
 class _Plan:

@@ -33,7 +33,7 @@ __all__ = ["FAULT_DB", "ScaleFault", "activation_scales", "scale_faults"]
 FAULT_DB = 9.0
 """Lost beyond what eight bits have to lose: a bit and a half. Rounding that was learned loses up to 6 dB on weights."""
 FAR_BEYOND = 2.0
-"""Other images reach a little beyond those that were looked at, seldom twice as far."""
+"""A range by any method lies within what was seen, but for what makes it symmetric and lets it hold 0."""
 NEGLIGIBLE = 1e-9
 """Of the signal's energy: errors below are all the same."""
 
@@ -74,16 +74,16 @@ class ActivationScale:
 
 
 def scale_faults(
-    reference: ir.Model, quantized: ir.Model, activations: Mapping[str, NDArray[Any]]
+    reference: ir.Model, quantized: ir.Model, histograms: Mapping[str, Histogram]
 ) -> tuple[ScaleFault, ...]:
     """The faults of Q/DQ graph `quantized` in its order.
 
-    `activations`: values of tensors of `reference`, of any number of images; a scale of another tensor is not looked
+    `histograms`: of activations of `reference`, as the calibration has them; a scale of another tensor is not looked
     at, nor is the weight of a node that `reference` does not have.
     """
     by_layer: dict[str, list[ScaleFault]] = {}
-    for scale in activation_scales(quantized, activations):
-        fault = _activation_fault(scale, activations[scale.tensor])
+    for scale in activation_scales(quantized, histograms):
+        fault = _activation_fault(scale, histograms[scale.tensor])
         if fault.lost_db > FAULT_DB:
             by_layer.setdefault(fault.layer, []).append(fault)
     originals = {str(node.name): node for node in reference.graph}
@@ -113,9 +113,7 @@ def activation_scales(quantized: ir.Model, known: Container[str]) -> list[Activa
     return found
 
 
-def _activation_fault(scale: ActivationScale, seen: NDArray[Any]) -> ScaleFault:
-    histogram = Histogram.empty()
-    histogram.add(seen, float(seen.min()), float(seen.max()))
+def _activation_fault(scale: ActivationScale, histogram: Histogram) -> ScaleFault:
     values, counts = histogram.occupied()
     transfer = silu if scale.feeds_silu else None
     best = symmetric_mse_range(histogram) if scale.signed else mse_range(histogram, transfer).with_zero()
@@ -139,7 +137,9 @@ def _weight_fault(original: ir.Node, node: ir.Node) -> ScaleFault | None:
     best = weight_s8(right, axis)
     nearest = _dequantized(quantize(right, best), best.scale, best)
     found = _dequantized(integers, scale, best)
-    ratio = float(np.max(scale.astype(np.float64) / best.scale))
+    others = None if axis is None else tuple(i for i in range(right.ndim) if i != axis)
+    worst = int(np.argmax(((found - right) ** 2).sum(axis=others)))  # of the channels: the one that costs most
+    ratio = float((scale.astype(np.float64) / best.scale).reshape(-1)[worst])
     lost = _decibels_lost(_energy(found - right), _energy(nearest - right), _energy(right))
     return ScaleFault(str(node.name), node.op_type, str(weight.name), ratio, ratio, lost)
 

@@ -30,7 +30,7 @@ __all__ = ["MOST_IMAGES", "LayerSensitivity", "noise_power", "sensitivities"]
 Batch = NDArray[np.float32]
 
 MOST_IMAGES = 64
-"""That the layers are measured on: on more, EfficientNet-Lite0's order of layers is the same but for neighbours."""
+"""That the layers are measured on: they rank layers, and each image is run about once per layer."""
 MEASURING = "its sensitivity is measured"
 KEPT_BYTES = 1 << 28
 """Of an activation that is kept for all images; where a border is wider, an earlier one serves."""

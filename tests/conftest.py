@@ -22,7 +22,7 @@ from edgewright.outcome import Outcome
 from edgewright.pipeline import Options, Pipeline
 from edgewright.workspace import source_hash
 from stage_modules import replace_in_stages
-from tiny_network import PREPROCESS, TINY_MODELS, write_images
+from tiny_network import PREPROCESS, TINY_MODELS, place_by_rules, write_images
 
 pytest_plugins = ["cuda_objects", "device_fixtures", "own_process"]
 
@@ -55,6 +55,14 @@ def _sources_as_they_were() -> Iterator[None]:
     """Somebody who edits a file while the tests run does not change the keys in the middle."""
     with pytest.MonkeyPatch.context() as patch:
         replace_in_stages(patch, "source_hash", functools.cache(source_hash))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _placed_by_rules() -> Iterator[None]:
+    """Placement by evidence takes seconds and differs from run to run; `tests/test_int8.py` has tests of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        place_by_rules(patch.setattr)
         yield
 
 

@@ -96,8 +96,9 @@ def half_hop(graph: ir.Model) -> Hop:
     return hop("half", "fp16", simulate_fp16(graph))
 
 
-def int8_hop(graph: ir.Model, before: str = "folded") -> Hop:
-    return hop("int8", "int8", signed_to_unsigned(simulate_fp16(graph)), before=before, quantized=graph)
+def int8_hop(chain: Chain, graph: ir.Model) -> Hop:
+    runnable = signed_to_unsigned(simulate_fp16(graph))
+    return hop("int8", "int8", runnable, before="folded", quantized=graph, histograms=chain.table.histograms)
 
 
 def engine_hop(graph: ir.Model, seen: Callable[[Batch], Batch] = lambda images: images) -> Hop:
@@ -158,7 +159,7 @@ def test_a_healthy_chain_blames_nobody(chain: Chain, dialect: str) -> None:
             hop("exported", "exact", chain.exported),
             hop("folded", "exact", chain.folded),
             half_hop(chain.half()),
-            int8_hop(quantized),
+            int8_hop(chain, quantized),
             engine_hop(signed_to_unsigned(quantized)),
         ]
     )
@@ -197,7 +198,7 @@ def test_a_wrong_scale_of_an_activation(chain: Chain, dialect: str, number: int)
     """Of the pair in front of a layer: QuantizeLinear and DequantizeLinear share it."""
     quantized, _ = edited(chain.quantized(dialect), "QuantizeLinear", number, scaled(1, 4.0))
     readers = [node for node in quantized.graph if node.op_type == "QuantizeLinear"][number].outputs[0].consumers()
-    found = judged([hop("folded", "exact", chain.folded), int8_hop(quantized)])
+    found = judged([hop("folded", "exact", chain.folded), int8_hop(chain, quantized)])
     (step,) = found.guilty
     assert step.hop == "int8"
     assert step.origin is not None
@@ -213,13 +214,13 @@ def test_a_wrong_scale_of_a_weight(chain: Chain, factor: float) -> None:
     reader = weights[1].outputs[0].consumers()[0].name
     position = [node for node in graph.graph if node.op_type == "DequantizeLinear"].index(weights[1])
     quantized, _ = edited(graph, "DequantizeLinear", position, scaled(1, factor))
-    found = judged([hop("folded", "exact", chain.folded), int8_hop(quantized)])
+    found = judged([hop("folded", "exact", chain.folded), int8_hop(chain, quantized)])
     assert only_culprit(found) == ("int8", reader)
 
 
 def test_a_broken_bias_is_found_though_all_scales_are_right(chain: Chain) -> None:
     quantized, name = edited(chain.quantized(), "Conv", 1, scaled(2, -4.0))
-    assert only_culprit(judged([hop("folded", "exact", chain.folded), int8_hop(quantized)])) == ("int8", name)
+    assert only_culprit(judged([hop("folded", "exact", chain.folded), int8_hop(chain, quantized)])) == ("int8", name)
 
 
 def enlarged(node: ir.Node) -> None:
@@ -252,7 +253,7 @@ def test_swapped_channels(chain: Chain, kind: str) -> None:
 
     quantized = chain.quantized()
     hops = {
-        "engine": [int8_hop(quantized), engine_hop(quantized, swap)],
+        "engine": [int8_hop(chain, quantized), engine_hop(quantized, swap)],
         "exact": [replace(hop("engine", "exact", chain.folded), run=lambda x: logits_of(chain.folded, swap(x)))],
     }[kind]
     found = judged([hop("folded", "exact", chain.folded), *hops])
@@ -266,11 +267,27 @@ def test_swapped_channels(chain: Chain, kind: str) -> None:
 def test_an_engine_that_is_wrong_otherwise_is_guilty_without_a_layer(chain: Chain) -> None:
     quantized = chain.quantized()
     found = judged(
-        [hop("folded", "exact", chain.folded), int8_hop(quantized), engine_hop(quantized, lambda images: images * 0.1)]
+        [
+            hop("folded", "exact", chain.folded),
+            int8_hop(chain, quantized),
+            engine_hop(quantized, lambda images: images * 0.1),
+        ]
     )
     (step,) = found.guilty
     assert (step.hop, step.origin) == ("engine", None)
     assert "cannot be read" in step.note
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_a_graph_that_was_rescaled_is_judged_by_its_logits_alone(chain: Chain, wrong: bool) -> None:
+    """Its scales are others by right."""
+    quantized, _ = edited(chain.quantized(), "QuantizeLinear", 1, scaled(1, 4.0))
+    if wrong:
+        quantized, _ = edited(quantized, "Conv", 1, scaled(2, -4.0))
+    rescaled = replace(int8_hop(chain, quantized), incomparable="its weights were equalized")
+    (step,) = judged([hop("folded", "exact", chain.folded), rescaled]).steps
+    assert (step.guilty, step.origin) == (wrong, None)
+    assert step.note.startswith("its weights were equalized") == wrong
 
 
 def test_of_two_guilty_hops_the_one_that_costs_more_images_goes_first(chain: Chain) -> None:

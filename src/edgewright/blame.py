@@ -7,8 +7,8 @@ nobody answers for another's loss. Inside a guilty hop every layer is given what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ from edgewright.runtime.parity import Parity, compare
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from edgewright.calibration.ranges import Histogram
     from edgewright.optimize.layer_errors import Activations
 
 __all__ = ["ALLOWED", "Allowed", "Blame", "Hop", "Kind", "Origin", "Step", "blame"]
@@ -63,7 +64,8 @@ class Hop:
     * run: logits `[N, classes]` of preprocessed images `[N, C, H, W]`
     * before: name of the hop that it was made from; None for the one in front of it in the list
     * graph: what `run` runs, if its activations can be read
-    * quantized: the same with its Q/DQ as it was written, of a hop of kind "int8"
+    * quantized: the same with its Q/DQ as it was written, of a hop of kind "int8"; histograms: what the calibration saw
+      of the activations, by which its scales are judged
     * activations: gives activations by name, of a hop without a graph; tensors: which ones
     * incomparable: why its activations do not compare with those of the hop before, or ""; then no layer is looked for
     """
@@ -74,6 +76,7 @@ class Hop:
     before: str | None = None
     graph: ir.Model | None = None
     quantized: ir.Model | None = None
+    histograms: Mapping[str, Histogram] = field(default_factory=dict)
     activations: Callable[[Sequence[str]], Activations] | None = None
     tensors: tuple[str, ...] = ()
     incomparable: str = ""
@@ -157,9 +160,8 @@ def _step(before: Hop, hop: Hop, logits: dict[str, Batch], images: Batch, thread
         return Step(hop.name, hop.kind, before.name, None, False, note=note)
     images, expected = images[finite], logits[before.name][finite]
     parity = compare(expected, logits[hop.name][finite], None)
-    few = images[_evenly_spaced(len(images))]
     guilty = _is_guilty(parity, hop.kind)
-    fault = _scale_fault(before, hop, few, threads, wasteful_only=not guilty)
+    fault = _scale_fault(before, hop, wasteful_only=not guilty)
     if fault is not None:
         return Step(hop.name, hop.kind, before.name, parity, True, fault)
     if not guilty:
@@ -170,7 +172,7 @@ def _step(before: Hop, hop: Hop, logits: dict[str, Batch], images: Batch, thread
     if hop.graph is None or hop.incomparable or not (before.graph is not None or before.activations is not None):
         note = f"{hop.incomparable or 'its activations cannot be read'}; swapped channels do not explain it"
         return Step(hop.name, hop.kind, before.name, parity, True, note=note)
-    origin = _origin(before, hop, few, threads)
+    origin = _origin(before, hop, images[_evenly_spaced(len(images))], threads)
     note = "" if origin is not None else "no layer stands out: each loses a little"
     return Step(hop.name, hop.kind, before.name, parity, True, origin, note)
 
@@ -249,17 +251,13 @@ def _what(kind: Kind, own_sqnr_db: float) -> str:
     return f"given the same input it gives something else: {own_sqnr_db:.0f} dB"
 
 
-def _scale_fault(before: Hop, hop: Hop, images: Batch, threads: int, *, wasteful_only: bool) -> Origin | None:
+def _scale_fault(before: Hop, hop: Hop, *, wasteful_only: bool) -> Origin | None:
     """The first wrong scale. One that wastes bits is a fault however well it goes on these images."""
-    from edgewright.optimize.layer_errors import sampled_activations
-    from edgewright.optimize.scale_faults import activation_scales, scale_faults
+    from edgewright.optimize.scale_faults import scale_faults
 
     if before.graph is None or hop.quantized is None or hop.incomparable:
         return None
-    scales = activation_scales(hop.quantized, [*_shared(before, hop), str(before.graph.graph.inputs[0].name)])
-    tensors = tuple(dict.fromkeys(scale.tensor for scale in scales))
-    seen = sampled_activations(before.graph, images, tensors, threads=threads)
-    faults = scale_faults(before.graph, hop.quantized, seen)
+    faults = scale_faults(before.graph, hop.quantized, hop.histograms)
     fault = next((fault for fault in faults if fault.wastes_bits or not wasteful_only), None)
     if fault is None:
         return None

@@ -4,8 +4,7 @@
 
 Every rung makes a candidate, a `Quantizer`; the candidate's graph is run on calibration images and its logits are held
 against those of the folded FP32 graph. A rung is taken if the logit SQNR rises on the images that choose and does not
-fall on the quarter that is held back. The climb ends at the first candidate whose expected loss is within the aim, half
-of the budget: calibration images are mostly training images, on which a network is surer of itself than on new ones.
+fall on the quarter that is held back. The climb ends at the first candidate that is within the aim (`Ladder.meets`).
 
 No label and no evaluation image is seen here.
 """
@@ -49,8 +48,10 @@ __all__ = ["Aim", "CalibrationImages", "Climb", "Fidelity", "Ladder", "Rung"]
 
 Batch = NDArray[np.float32]
 
-SHARE_OF_BUDGET = 0.5
-"""What of the budget may be expected to be lost on calibration images."""
+SHARE_OF_BUDGET = 0.25
+"""What of the budget may be expected to be lost on calibration images. These are mostly training images, on which a
+network is surer of itself, and the verdict is one of the upper bound of an interval.
+"""
 DISAGREEMENT_OF_BUDGET = 2.0
 """As many times the budget may be answered otherwise than FP32 does: most of such answers are as good as the others."""
 LOST_DB = -300.0

@@ -108,8 +108,8 @@ def problem(seed: int, inputs: int = 10, *, rows: int = 400, activation: Any = n
     weights = 4 * torch.randn(3, inputs, generator=generator)
     scales = torch.rand(3, 1, generator=generator) + 0.5
     bias = torch.randn(1, 1, 3, generator=generator)
-    y = activation(x @ (weights * scales).mT + bias)
-    return RoundingProblem(x[None], y, weights[None], scales[None], bias, activation, rows // 4)
+    y = x @ (weights * scales).mT + bias
+    return RoundingProblem(x[None], y, activation(y), weights[None], scales[None], bias, activation, rows // 4)
 
 
 def errors(each: RoundingProblem, integers: Tensor) -> Tensor:

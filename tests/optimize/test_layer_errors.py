@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgewright.calibration.collect import collect
-from edgewright.calibration.ranges import METHODS
+from edgewright.calibration.ranges import METHODS, Histogram
 from edgewright.optimize.channel_ranges import channel_magnitudes, constant_channels
 from edgewright.optimize.dialects import DIALECTS, Quantizer
 from edgewright.optimize.layer_errors import (
@@ -19,7 +20,6 @@ from edgewright.optimize.layer_errors import (
     layer_errors,
     layer_outputs,
     own_errors,
-    sampled_activations,
     shared_tensors,
 )
 from edgewright.optimize.scale_faults import FAULT_DB, scale_faults
@@ -126,13 +126,6 @@ def test_shared_are_computed_activations_of_both() -> None:
     assert shared_tensors(network(), other) == ("a", "y")
 
 
-def test_samples_are_values_of_the_input_and_of_activations() -> None:
-    found = sampled_activations(network(), X, ["x", "r"], threads=1)
-    assert set(found["x"]) <= set(X.ravel())
-    assert found["x"].size == X.size, "so few values are all taken"
-    np.testing.assert_allclose(np.sort(found["r"])[::64], np.sort(by_numpy()["r"].ravel())[::64], atol=1e-4)
-
-
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_in_a_quantized_graph_only_integer_layers_have_own_errors(dialect: str) -> None:
     model = network()
@@ -153,8 +146,8 @@ def quantized(dialect: str = "cpu", method: str = "mse") -> ir.Model:
     return Quantizer(dialect, model, table, method=method, remainder="fp32").quantized().model
 
 
-def seen() -> dict[str, Array]:
-    return sampled_activations(network(), X, ["x", "a", "r", "c", "m", "y"], threads=1)
+def seen() -> Mapping[str, Histogram]:
+    return collect(network(), [X], identity={}, threads=1).histograms
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,7 @@ import pytest
 from edgewright.calibration.collect import collect
 from edgewright.optimize.dialects import Quantizer
 from edgewright.optimize.placement import Placement, fastest, placed
-from edgewright.runtime.backends import BACKENDS
+from edgewright.runtime.backends import BACKENDS, Absence
 from edgewright.runtime.errors import BuildError
 from fake_timing import FakeBackend, Milliseconds
 from textual_graphs import graph, normal
@@ -22,7 +22,7 @@ ROW = """[c1] a1 = Conv <pads = [1, 1, 1, 1]> (x, w1) [r1] b1 = Relu (a1)
 [c2] a2 = Conv <pads = [1, 1, 1, 1]> (b1, w2) [r2] b2 = Relu (a2)
 [c3] a3 = Conv <pads = [1, 1, 1, 1]> (b2, w3) [r3] b3 = Relu (a3)
 [c4] y = Conv <pads = [1, 1, 1, 1]> (b3, w4)"""
-SHAPE = (4, 4, 3, 3)
+SHAPE = (32, 32, 3, 3)
 FAST, SLOW = Milliseconds(2.0, 1.0), Milliseconds(1.0, 2.0)
 """In INT8."""
 
@@ -30,8 +30,8 @@ FAST, SLOW = Milliseconds(2.0, 1.0), Milliseconds(1.0, 2.0)
 @functools.cache
 def quantizer(dialect: str = "cpu") -> Quantizer:
     """Of four convolutions in a row, each with as many elements."""
-    model = graph(ROW, "float[N, 4, 8, 8] x", w1=SHAPE, w2=SHAPE, w3=SHAPE, w4=SHAPE)
-    return Quantizer(dialect, model, collect(model, [normal("x", 8, 4, 8, 8)], identity={}), method="minmax")
+    model = graph(ROW, "float[N, 32, 8, 8] x", w1=SHAPE, w2=SHAPE, w3=SHAPE, w4=SHAPE)
+    return Quantizer(dialect, model, collect(model, [normal("x", 8, 32, 8, 8)], identity={}), method="minmax")
 
 
 def placement(backend: FakeBackend, **options: Any) -> Placement:
@@ -131,9 +131,20 @@ def test_it_tells_its_progress_and_its_document_is_plain() -> None:
         FakeBackend(row(FAST, SLOW, FAST, FAST)), progress=lambda done, total: steps.append((done, total))
     )
     assert steps == [(1, 3), (2, 3), (3, 3)]
+    everywhere = placement(FakeBackend(row(FAST, FAST, FAST, FAST)))
+    assert json.loads(json.dumps(everywhere.to_json(), allow_nan=False))["left_out"] == {}
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert document["left_out"] == dict(found.left_out)
     assert document["layers"][1] == {"node": "c2", "float_ms": 1.0, "int8_ms": 2.0}
+
+
+def test_where_nothing_can_be_timed_nothing_is_built_or_left_out() -> None:
+    here, named = (FakeBackend(row(SLOW, SLOW, SLOW, SLOW)) for _ in range(2))
+    here.absence = lambda: Absence("device_missing", "no device", "")  # type: ignore[method-assign]
+    named.targets = ("sm86",)  # type: ignore[misc]  # of this fake alone
+    for backend in (here, named):
+        found = placement(backend)
+        assert (found.left_out, found.trials, found.chosen, backend.built) == ({}, (), "", [])
 
 
 def test_without_a_layer_that_can_be_int8_nothing_is_built() -> None:
@@ -141,6 +152,17 @@ def test_without_a_layer_that_can_be_int8_nothing_is_built() -> None:
     found = placement(backend, left_out=dict.fromkeys(LAYERS, "its accuracy"))
     assert found.left_out == dict.fromkeys(LAYERS, "its accuracy")
     assert (found.trials, backend.built) == ((), [])
+
+
+@pytest.mark.parametrize(("half", "chosen"), [(2.0, "all INT8"), (0.5, "FP16")])
+def test_tensorrt_is_int8_or_fp16_as_a_whole(half: float, chosen: str) -> None:
+    layer = Milliseconds(half, 1.0, fp16=half)  # the last one stays in FP32: its values are too large
+    backend = FakeBackend(row(layer, layer, layer, layer), lists=False)
+    backend.dialect = "tensorrt"  # type: ignore[misc]  # of this fake alone
+    found = placed(quantizer("tensorrt"), backend, budget_seconds=0.0, clock=backend.clock)
+    assert (found.chosen, found.remainder) == (chosen, "fp16")
+    assert [trial.name for trial in found.trials] == ["FP16", "all INT8"]
+    assert len(found.left_out) == (0 if chosen == "all INT8" else len(LAYERS))
 
 
 # --- What counts as faster ---------------------------------------------------------------------------------------
@@ -188,4 +210,16 @@ def test_with_a_real_backend_what_is_chosen_was_built_and_what_is_left_out_has_a
     assert all(reason.startswith(("INT8 is slower", "INT8 would", "INT8 does")) for reason in found.left_out.values())
     assert {layer.node for layer in found.layers} == set(LAYERS)
     assert all(layer.float_ms > 0 and layer.int8_ms > 0 for layer in found.layers)
+    assert all(trial.milliseconds > 0 for trial in found.trials)
+
+
+@pytest.mark.gpu
+def test_tensorrt_on_a_gpu_takes_what_it_measured() -> None:
+    backend = BACKENDS["tensorrt"]
+    absence = backend.absence() or backend.cannot_run()
+    if absence is not None:
+        pytest.skip(absence.reason)
+    found = placed(quantizer("tensorrt"), backend, budget_seconds=1.0)
+    assert found.chosen in ("FP16", "all INT8")
+    assert [trial.name for trial in found.trials] == ["FP16", "all INT8"]
     assert all(trial.milliseconds > 0 for trial in found.trials)

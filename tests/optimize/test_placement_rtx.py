@@ -91,12 +91,13 @@ def test_nothing_is_left_out_where_int8_always_lists_less(generous: Quantizer) -
     found = placement(compiler, generous)
     assert found == ListedPlacement({}, {TARGET: Traffic(3, 300, 0)}, {TARGET: Traffic(3, 180, 0)}, 2)
     assert len(compiler.compiled) == found.builds
+    assert (found.chosen, found.remainder) == ("all INT8", "fp16")
 
 
 def test_everything_is_left_out_where_int8_never_does(generous: Quantizer) -> None:
     found = placement(FakeCompiler(dict.fromkeys(LAYERS, 120)), generous)
     assert set(found.left_out) == set(LAYERS)
-    assert (found.int8, found.builds) == ({}, 2)
+    assert (found.int8, found.builds, found.chosen) == ({}, 2, "FP16")
 
 
 def test_only_what_costs_more_is_left_out_with_what_it_costs(generous: Quantizer) -> None:
@@ -106,6 +107,7 @@ def test_only_what_costs_more_is_left_out_with_what_it_costs(generous: Quantizer
         "that could be INT8"
     }
     assert found.int8 == {TARGET: Traffic(3, 60 + 100 + 90, 0)}
+    assert found.chosen == "placed"
 
 
 def test_a_kernel_more_is_charged_to_the_layer_that_reads_the_integers(generous: Quantizer) -> None:

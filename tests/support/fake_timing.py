@@ -24,13 +24,14 @@ class Milliseconds:
     fp32: float
     int8: float
     bf16: float = 100.0
+    fp16: float = 100.0
 
 
 class FakeBackend(Backend):
     """Runs nothing. Layers stand in a row; a tensor between two of them that differ is converted in `conversion` ms."""
 
     name = "fake"
-    precisions = ("fp32", "bf16", "int8")
+    precisions = ("fp32", "fp16", "bf16", "int8")
     dialect = "cpu"
     suffix = ".fake"
 
@@ -60,7 +61,7 @@ class FakeBackend(Backend):
             raise BuildError("the fake refuses these layers")
         self.built.append(precisions)
         kernels = tuple(timed.kernel for timed in self._kernels(precisions, request.planned))
-        spec = TensorSpec("x", (None, 4, 8, 8), "float32")
+        spec = TensorSpec("x", (None, 32, 8, 8), "float32")
         return Compiled(json.dumps(precisions).encode(), (spec,), (spec,), kernels)
 
     def kernel_times(
@@ -90,7 +91,7 @@ class _FakeRunner(Runner):
     """Advances the clock instead of running."""
 
     def __init__(self, backend: FakeBackend, milliseconds: float) -> None:
-        spec = TensorSpec("x", (None, 4, 8, 8), "float32")
+        spec = TensorSpec("x", (None, 32, 8, 8), "float32")
         super().__init__((spec,), (spec,))
         self._backend, self._nanoseconds = backend, round(1e6 * milliseconds)
 

@@ -72,8 +72,8 @@ def network() -> ir.Model:
     arrays["depthwise_w"] *= sizes.reshape(32, 1, 1, 1)
     arrays["project_w"] /= sizes.reshape(1, 32, 1, 1)
     arrays["head_w"] *= 8.0
-    constants = {"zero": np.asarray(0, np.float32), "six": np.asarray(6, np.float32)}
-    return graph(BODY, f"float[N, 3, {SIDE}, {SIDE}] x", f"float[N, 8] {LOGITS}", **arrays, **constants)
+    arrays |= {"zero": np.asarray(0, np.float32), "six": np.asarray(6, np.float32)}
+    return graph(BODY, f"float[N, 3, {SIDE}, {SIDE}] x", f"float[N, 8] {LOGITS}", **arrays)
 
 
 def photographs(count: int, seed: int = 0) -> NDArray[np.float32]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from edgewright import context, engines, graphs, proof
+from edgewright import context, engines, graphs, int8, proof
 
 __all__ = ["replace_in_stages"]
 
-MODULES = (context, graphs, engines, proof)
+MODULES = (context, graphs, int8, engines, proof)
 
 
 def replace_in_stages(patch: pytest.MonkeyPatch, name: str, value: object) -> None:

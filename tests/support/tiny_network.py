@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,13 @@ from PIL import Image
 
 from edgewright.export.entries import ModelEntry, Task, Weights
 from edgewright.export.models import MODELS
+from edgewright.int8 import Int8Graphs, Placed
 from edgewright.runtime.preprocess import Preprocess
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["LABELS", "TINY_MODELS", "write_images"]
+__all__ = ["LABELS", "TINY_MODELS", "place_by_rules", "write_images"]
 
 LABELS = ("red", "green", "blue", "grey")
 SIDE = 16  # pixels
@@ -78,11 +79,17 @@ def write_images(folder: Path, count: int, seed: int) -> list[Path]:
     return paths
 
 
+def place_by_rules(set_attribute: Callable[[Any, str, Any], None]) -> None:
+    """Has INT8 wherever it can be, unless a test asks for it measured by setting this back."""
+    set_attribute(Int8Graphs, "placed", lambda graphs, dialect: Placed({}, "fp32"))
+
+
 def _main() -> None:
     """The command, told by the environment to kill itself in a stage, or to say which modules it imported."""
     from edgewright import cli
 
     MODELS.update(TINY_MODELS)
+    place_by_rules(setattr)
     if "TINY_KILL_IN" in os.environ:
         _kill_in(os.environ["TINY_KILL_IN"])
     if "TINY_READY" in os.environ:

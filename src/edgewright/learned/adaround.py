@@ -223,7 +223,7 @@ def _problem(pair: _Pair, rows: Batch, given: Batch, held_back: int, settings: A
     tensors = (rows, given, as_filters(pair.node, pair.weight / scale), scales, _bias(pair, groups, outputs))
     x, y, weights, steps, bias = (torch.from_numpy(np.array(each)).to(settings.device) for each in tensors)
     activation = _activation(pair.node)
-    return RoundingProblem(x, activation(y), weights, steps, bias, activation, held_back)
+    return RoundingProblem(x, y, activation(y), weights, steps, bias, activation, held_back)
 
 
 def _bias(pair: _Pair, groups: int, outputs: int) -> Batch:

@@ -3,7 +3,7 @@
 Nagel, Amjad, van Baalen, Louizos, Blankevoort 2020, "Up or Down? Adaptive Rounding for Post-Training Quantization":
 each weight is s · (⌊w/s⌋ + h(v)) with the rectified sigmoid h(v) = clip(σ(v)·(ζ − γ) + γ, 0, 1), and v is learned:
 
-    minimize ‖f(W x) − f(W̃ x̂)‖² + λ Σ 1 − |2 h(v) − 1|^β
+    minimize ‖f(W x) − f(W̃ x̂)‖² + λ mean (1 − |2 h(v) − 1|^β)
 
 x̂ is what the layer sees of a network that is quantized in front of it, f its activation. β falls, so that h is free at
 first and driven to 0 or 1 at the end. Each output channel is a problem of its own: here its error is measured in units
@@ -14,7 +14,7 @@ channel whether the learned rounding is the better one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ ZETA, GAMMA = 1.1, -0.1  # of the rectified sigmoid, as in the paper
 ON_GRID = 1e-4  # of a step: nearer to an integer, a weight has nothing to choose
 STUCK = 20.0  # |v| at which h is 0 or 1 and has no gradient
 LARGEST_INTEGER = 127
+MOST_FLIPS = 4096  # of one output; they end by themselves long before
 ROWS_PER_WEIGHT = 4  # that a step needs at most, for each weight of a filter: those of depthwise layers have 9 or 25
 
 
@@ -45,7 +46,7 @@ class AdaRoundSettings:
     rows: int = 4096
     batch_rows: int = 256
     learning_rate: float = 1e-2
-    regularization: float = 1e-2
+    regularization: float = 10.0
     beta: tuple[float, float] = (20.0, 2.0)
     warm_start: float = 0.2
     seed: int = 0
@@ -58,12 +59,14 @@ class RoundingProblem:
     """One layer of G groups with O outputs and K inputs each, and R rows of what it sees; all float32.
 
     * rows: x̂, `[G, R, K]`; expected: f(W x), `[G, R, O]`
+    * products: W x, before f, `[G, R, O]`
     * weights: W in units of their scales, `[G, O, K]`; scales `[G, O, 1]`; bias `[G, 1, O]`
     * activation: f
     * held_back: how many of the rows, the last ones, only check; the others come in a random order
     """
 
     rows: Tensor
+    products: Tensor
     expected: Tensor
     weights: Tensor
     scales: Tensor
@@ -77,19 +80,63 @@ def learned_rounding(problem: RoundingProblem, settings: AdaRoundSettings) -> Te
     nearest = _saturated(problem.weights.round())
     if bool(((problem.weights - nearest).abs() <= ON_GRID).all()):
         return nearest.to(torch.int8)
-    learned = _learned(problem, nearest, settings)
     check = slice(problem.rows.shape[1] - problem.held_back, None)
-    better = _channel_errors(problem, learned, check) < _channel_errors(problem, nearest, check)
-    return torch.where(better[..., None], learned, nearest).to(torch.int8)
+    chosen, error = nearest, _channel_errors(problem, nearest, check)
+    for found in _candidates(problem, nearest, settings):
+        other = _channel_errors(problem, found, check)
+        chosen = torch.where((other < error)[..., None], found, chosen)
+        error = torch.minimum(error, other)
+    return chosen.to(torch.int8)
 
 
-def _learned(problem: RoundingProblem, nearest: Tensor, settings: AdaRoundSettings) -> Tensor:
+def _candidates(problem: RoundingProblem, nearest: Tensor, settings: AdaRoundSettings) -> Iterator[Tensor]:
+    start = descended(problem, nearest)
+    yield start
+    if settings.iterations:
+        yield _learned(problem, start, nearest, settings)
+
+
+def descended(problem: RoundingProblem, start: Tensor) -> Tensor:
+    """Integers `[G, O, K]` from which no single flip of a weight between down and up reduces ‖W x − W̃ x̂‖².
+
+    The paper's quadratic problem in binary unknowns, one for each output, by steepest descent: with H = x̂ᵀ x̂ and g half
+    the slope of the error, a flip by δ changes it by 2 δ g + δ² H_kk. Each round flips the best weight of every output.
+    f is left out: only the gradients of `_learned` know it.
+    """
+    taught = slice(problem.rows.shape[1] - problem.held_back)
+    rows = problem.rows[:, taught]
+    moments = rows.mT @ rows
+    own = moments.diagonal(dim1=1, dim2=2)[:, None]
+    integers, other = start.clone(), _other_neighbour(problem.weights, start)
+    slope = (integers * problem.scales) @ moments - (problem.products[:, taught] - problem.bias).mT @ rows
+    for _ in range(MOST_FLIPS):
+        step = (other - integers) * problem.scales
+        gain, best = (step * (2 * slope + step * own)).min(dim=2, keepdim=True)
+        helps = gain < 0
+        if not bool(helps.any()):
+            break
+        columns = moments.gather(1, best.expand(-1, -1, moments.shape[2]))
+        slope += step.gather(2, best) * helps * columns
+        before, after = integers.gather(2, best), other.gather(2, best)
+        integers.scatter_(2, best, torch.where(helps, after, before))
+        other.scatter_(2, best, torch.where(helps, before, after))
+    return integers
+
+
+def _other_neighbour(weights: Tensor, integers: Tensor) -> Tensor:
+    """The integer on the other side of each weight; the same where a weight is on the grid."""
+    other = _saturated(integers + (weights - integers).sign())
+    return torch.where((weights - integers).abs() <= ON_GRID, integers, other)
+
+
+def _learned(problem: RoundingProblem, start: Tensor, nearest: Tensor, settings: AdaRoundSettings) -> Tensor:
     taught = problem.rows.shape[1] - problem.held_back
     lower = problem.weights.floor()
     unit = _channel_errors(problem, nearest, slice(taught)).clamp_min(torch.finfo(torch.float32).tiny)
-    v = _start(problem.weights, lower)
+    v = _start((problem.weights + start) / 2, lower)
     optimizer = torch.optim.Adam([v], settings.learning_rate, fused=True)
     warm = round(settings.warm_start * settings.iterations)
+    strength = settings.regularization / problem.rows.shape[2]
     batches = _batches(taught, min(settings.batch_rows, ROWS_PER_WEIGHT * problem.rows.shape[2]))
     for step in range(settings.iterations):
         rows = batches[step % len(batches)]
@@ -97,7 +144,7 @@ def _learned(problem: RoundingProblem, nearest: Tensor, settings: AdaRoundSettin
         slope = _slope(problem, (lower + h) * problem.scales, rows, unit) * problem.scales
         if step >= warm:
             share = (step - warm) / (settings.iterations - warm)
-            slope += settings.regularization * _regularizer_slope(h, _annealed(settings.beta, share))
+            slope += strength * _regularizer_slope(h, _annealed(settings.beta, share))
         v.grad = slope * _sigmoid_slope(h)
         optimizer.step()
     return _saturated(lower + (rectified_sigmoid(v) > 0.5))
