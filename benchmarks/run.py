@@ -15,7 +15,19 @@ from rich.table import Table
 
 from edgewright.workspace import machine
 
-BENCHMARKS = ("device", "bundle_fuzz", "engine", "lite0", "b0", "rtx", "openvino_int8", "memory", "fold")
+BENCHMARKS = (
+    "device",
+    "bundle_fuzz",
+    "engine",
+    "lite0",
+    "b0",
+    "stress",
+    "rtx",
+    "openvino_int8",
+    "latency",
+    "memory",
+    "fold",
+)
 RESULT = ROOT / "build" / "bench.json"
 
 

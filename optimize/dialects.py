@@ -19,6 +19,7 @@ from edgewright.calibration.calib_cache import CalibCache, with_cached_ranges
 from edgewright.calibration.collect import CalibrationTable
 from edgewright.calibration.ranges import AUTO, Range, silu
 from edgewright.optimize.cast_fp16 import CastResult, cast_fp16
+from edgewright.optimize.fuse_silu import fuse_silu
 from edgewright.optimize.keep_float import keep_float
 from edgewright.optimize.lint import check
 from edgewright.optimize.plan import COMPUTE_OPERATORS, NOTHING_LEFT_OUT, QuantPlan, plan_for_cpu
@@ -144,6 +145,8 @@ class Quantizer:
         Raises `QuantizationError` if the graph cannot be quantized, or if its target could not read it.
         """
         quantized = self._written(left_out, self.remainder)
+        if self.dialect == "cpu":  # an operator of onnxruntime's own: what others run and read stays ONNX
+            return replace(quantized, model=fuse_silu(quantized.model).model)
         for parser in NVIDIA[self.dialect].parsers if self.dialect in NVIDIA else ():
             check(quantized.model, parser)
         return quantized

@@ -20,6 +20,7 @@ import click
 
 from edgewright.cli_bundle import keygen, pack, unpack
 from edgewright.cli_device import build_engines, doctor_lines, or_bundle, verify_engines
+from edgewright.cli_explain import blame, explain
 from edgewright.cli_options import (
     DEFAULT_MODEL,
     bundle_options,
@@ -49,7 +50,7 @@ def cli() -> None:
     """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
 
 
-for outside in (keygen, pack, unpack):
+for outside in (blame, explain, keygen, pack, unpack):
     cli.add_command(outside)
 
 

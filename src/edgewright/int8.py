@@ -16,7 +16,7 @@ from edgewright.calibration.datasets import check_disjoint
 from edgewright.calibration.image_set import ImageSet
 from edgewright.context import GRAPH_LIBRARIES, RunContext
 from edgewright.graphs import NVIDIA_DIALECTS, Graphs
-from edgewright.runtime.backends import BACKENDS
+from edgewright.runtime.backends import BACKENDS, Backend
 from edgewright.runtime.files import sha256_of, write_json
 from edgewright.runtime.specs import OnnxArtifact
 from edgewright.workspace import library_versions, machine, source_hash
@@ -24,6 +24,8 @@ from edgewright.workspace import library_versions, machine, source_hash
 if TYPE_CHECKING:
     from edgewright.ladder import Ladder
     from edgewright.optimize.dialects import Quantizer
+    from edgewright.optimize.placement import Placement
+    from edgewright.optimize.placement_rtx import ListedPlacement
     from edgewright.rungs import Finetune
 
 __all__ = ["Int8Graphs", "Placed", "QuantizedArtifact"]
@@ -92,18 +94,8 @@ class Int8Graphs:
         file = f"placement-{dialect}.json"
 
         def make() -> Mapping[str, Any]:
-            from edgewright.optimize.placement import placed
-
             quantizer = self._quantizer(dialect)
-            threads, seed, name = self._options.threads, self._options.seed, f"place {dialect}"
-            found = placed(
-                quantizer,
-                backend,
-                threads=threads,
-                budget_seconds=PLACING_SECONDS,
-                seed=seed,
-                progress=functools.partial(self._context.observer.progressed, name),
-            )
+            found = self._placement(dialect, quantizer, backend)
             write_json(self._workspace.path(file), found.to_json())
             return {
                 "left_out": dict(found.left_out),
@@ -115,15 +107,39 @@ class Int8Graphs:
         parts = {
             "graph": self._graphs.folded.sha256,
             "calibration": self._graphs.calibrated,  # what could be measured can be INT8
-            "machine": machine(),
-            "threads": str(self._options.threads),
-            "seed": str(self._options.seed),
-            "backend": f"{backend.name} {backend.version()}",
+            "backend": f"{backend.name} {backend.version()} {backend.device()}",
             "placing code": source_hash("optimize", "runtime/backends", "runtime/latency.py"),
-            "libraries": library_versions(*GRAPH_LIBRARIES, "scipy"),
+            "libraries": library_versions(*GRAPH_LIBRARIES, "networkx"),
         }
+        if dialect == "rtx":
+            parts["targets"] = ", ".join(self._options.targets)
+        else:
+            parts |= {
+                "machine": machine(),
+                "threads": str(self._options.threads),
+                "seed": str(self._options.seed),
+            }
         facts = self._context.stage(f"place {dialect}", parts, (file,), make, code=CODE).facts
         return Placed(facts["left_out"], facts["remainder"])
+
+    def _placement(self, dialect: str, quantizer: Quantizer, backend: Backend) -> Placement | ListedPlacement:
+        """By the compiler's listing for TensorRT-RTX, by the clock elsewhere."""
+        from edgewright.optimize.placement import placed
+        from edgewright.optimize.placement_rtx import placed_by_listing
+
+        options = self._options
+        progress = functools.partial(self._context.observer.progressed, f"place {dialect}")
+        if dialect == "rtx":
+            targets = [target for target in options.targets if target in backend.targets]
+            return placed_by_listing(quantizer, backend, targets, progress=progress)
+        return placed(
+            quantizer,
+            backend,
+            threads=options.threads,
+            budget_seconds=PLACING_SECONDS,
+            seed=options.seed,
+            progress=progress,
+        )
 
     def _quantize(self, dialect: str) -> QuantizedArtifact:
         graph, file, plan_file = self._graphs.folded, f"int8-{dialect}.onnx", f"plan-{dialect}.json"

@@ -5,6 +5,7 @@ They know nothing of what their candidates are worth; `ladder.py` measures that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,8 @@ from edgewright.optimize.correct_bias import bias_shifts
 from edgewright.optimize.dialects import Quantizer
 from edgewright.optimize.equalize import equalize
 from edgewright.optimize.repairs import Repairs
+from edgewright.optimize.segments import logits_of
+from edgewright.runtime.parity import compare
 
 __all__ = [
     "Attempted",
@@ -32,6 +35,9 @@ __all__ = [
 ]
 
 Batch = NDArray[np.float32]
+LEAST_KEPT_DB = 20.0
+"""Of a network that equalization changed, before it is quantized: INT8 has more to lose than that."""
+FEW_IMAGES = 32
 Progress = Callable[[int, int, str], None]
 Attempted = tuple[Quantizer | None, str]
 """A rung's candidate, None if there is nothing for it to do, and what it did, or why not."""
@@ -71,11 +77,19 @@ class Ground:
         result = equalize(self.model, inexact=inexact)
         if result.changed == (equalize(self.model).changed if inexact else 0):
             return self.model, None, "there is no pair of layers to equalize"
+        if inexact and (kept := self._sqnr_db(result.model)) < LEAST_KEPT_DB:
+            return self.model, None, f"it changes the network itself: SQNR {kept:.1f} dB"
         absorbed = absorb_high_biases(result.model, self.images, threads=self.threads)
         through = ", also through ReLU6 and SiLU" if inexact else ""
         biases = f", high biases of {absorbed.changed} layers absorbed" if absorbed.changed else ""
         note = f"{result.changed} pairs of layers equalized{through}{biases}"
         return absorbed.model, self._measured(absorbed.model), note
+
+    def _sqnr_db(self, model: ir.Model) -> float:
+        """Of the logits of another FP32 graph, on a few images."""
+        few = self.images[:: max(1, len(self.images) // FEW_IMAGES)]
+        logits = [logits_of(graph, few, threads=self.threads) for graph in (self.model, model)]
+        return compare(logits[0], logits[1], None).sqnr_db or -math.inf
 
     def _measured(self, model: ir.Model) -> CalibrationTable:
         size = batch_size(model)

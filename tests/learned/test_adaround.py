@@ -17,7 +17,7 @@ from edgewright.calibration.collect import collect
 from edgewright.learned import adaround
 from edgewright.learned.adaround import AdaRoundSettings, learned_integers
 from edgewright.learned.layer_rows import as_filters, as_weight, input_rows, output_rows, sampled_places
-from edgewright.learned.rounding import RoundingProblem, learned_rounding, rectified_sigmoid
+from edgewright.learned.rounding import RoundingProblem, learned_rounding
 from edgewright.optimize.dialects import Quantizer
 from edgewright.optimize.repairs import Repairs
 from edgewright.optimize.segments import GraphRun, logits_of
@@ -40,7 +40,7 @@ NET = """
 [matmul] m = MatMul (f, n)
 [head] y = Gemm <transB = 1> (m, u, o)
 """
-SHAPES = {
+SHAPES: dict[str, Any] = {
     "w": (16, 3, 3, 3),
     "b": (16,),
     "k": (16, 1, 3, 3),
@@ -50,7 +50,7 @@ SHAPES = {
     "o": (5,),
 }
 LAYERS = ("stem", "depthwise", "grouped", "matmul", "head")
-QUICK = AdaRoundSettings(iterations=150, rows=512, batch_rows=128, learning_rate=0.05)
+QUICK = AdaRoundSettings(rows=512)
 
 
 @pytest.fixture(autouse=True)
@@ -109,14 +109,14 @@ def problem(seed: int, inputs: int = 10, *, rows: int = 400, activation: Any = n
     scales = torch.rand(3, 1, generator=generator) + 0.5
     bias = torch.randn(1, 1, 3, generator=generator)
     y = x @ (weights * scales).mT + bias
-    return RoundingProblem(x[None], y, activation(y), weights[None], scales[None], bias, activation, rows // 4)
+    return RoundingProblem(x[None], y, weights[None], scales[None], bias, activation, rows // 4)
 
 
 def errors(each: RoundingProblem, integers: Tensor) -> Tensor:
     """Mean squared error of each output over the rows that teach, by PyTorch's linear layer, `[O]`."""
     rows = slice(each.rows.shape[1] - each.held_back)
     linear = nn.functional.linear(each.rows[0, rows], (integers * each.scales)[0], each.bias[0, 0])
-    return (each.activation(linear) - each.expected[0, rows]).square().mean(0)
+    return (linear - each.products[0, rows]).square().mean(0)
 
 
 def best_errors(each: RoundingProblem) -> Tensor:
@@ -132,65 +132,35 @@ def test_the_best_of_all_roundings_is_nearly_reached(activation: Any) -> None:
     shares = []
     for seed in range(3):
         each = problem(seed, 8, activation=activation)
-        found = learned_rounding(each, AdaRoundSettings(iterations=500, learning_rate=0.05))
+        found = learned_rounding(each)
         assert found.dtype == torch.int8
         assert bool(((found == each.weights.floor()) | (found == each.weights.ceil())).all())
         best, nearest = best_errors(each), errors(each, each.weights.round())
         assert bool((errors(each, found) <= nearest).all())
         shares.append((errors(each, found) / best).log().mean().exp().item())
         assert nearest.mean() > 2 * best.mean()  # there was something to gain
-    assert np.mean(shares) < 1.2
-
-
-def test_slopes_are_those_of_automatic_differentiation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first two steps of Adam, without and with regularization, against the formula written out."""
-    each = problem(5)
-    settings = AdaRoundSettings(iterations=40, warm_start=0.5, batch_rows=1000, regularization=0.3)
-    found: list[Tensor] = []
-
-    class Watched(torch.optim.Adam):
-        def step(self, closure: Any = None) -> Any:
-            (v,) = self.param_groups[0]["params"]
-            found.extend((v.clone(), v.grad.clone()))
-            return super().step(closure)
-
-    monkeypatch.setattr(torch.optim, "Adam", Watched)
-    learned_rounding(each, settings)
-    size = 4 * each.rows.shape[2]
-    unit = errors(each, each.weights.round())
-    for step, beta in ((0, None), (20, 20.0)):
-        v, gradient = found[2 * step].requires_grad_(), found[2 * step + 1]
-        h = (torch.sigmoid(v) * 1.2 - 0.1).clamp(0, 1)
-        batch = step % (300 // size)
-        rows = each.rows[0, batch * size : (batch + 1) * size]
-        given = torch.relu(rows @ ((each.weights.floor() + h) * each.scales)[0].mT + each.bias[0])
-        expected = each.expected[0, batch * size : (batch + 1) * size]
-        loss = ((given - expected).square().mean(0) / unit).sum()
-        if beta is not None:
-            loss = loss + 0.3 * (1 - (2 * h - 1).abs() ** beta).sum()
-        (slope,) = torch.autograd.grad(loss, v)
-        torch.testing.assert_close(gradient, slope, rtol=2e-3, atol=1e-5)
+    assert np.mean(shares) < 1.3  # one flip at a time may end beside the very best
 
 
 def test_weights_on_the_grid_have_no_choice() -> None:
     each = problem(7)
     whole = replace(each, weights=each.weights.round())
     # Even inputs of another kind, which would be served better by other integers, move nothing.
-    shifted = replace(whole, expected=whole.expected + 3)
-    assert torch.equal(learned_rounding(shifted, QUICK).float(), whole.weights)
+    shifted = replace(whole, products=whole.products + 3)
+    assert torch.equal(learned_rounding(shifted).float(), whole.weights)
     weights = each.weights.clone()
     weights[..., ::2] = weights[..., ::2].round()
-    found = learned_rounding(replace(each, weights=weights), QUICK).float()
+    found = learned_rounding(replace(each, weights=weights)).float()
     assert torch.equal(found[..., ::2], weights[..., ::2])
 
 
 def test_a_rounding_that_does_not_help_on_the_other_rows_is_not_taken() -> None:
     each = problem(8)
     taught = each.rows.shape[1] - each.held_back
-    noise = torch.randn(each.expected.shape, generator=torch.Generator().manual_seed(0))
-    misled = each.expected.clone()
+    noise = torch.randn(each.products.shape, generator=torch.Generator().manual_seed(0))
+    misled = each.products.clone()
     misled[:, :taught] += 10 * noise[:, :taught] * each.rows[:, :taught, :1]
-    found = learned_rounding(replace(each, expected=misled), QUICK)
+    found = learned_rounding(replace(each, products=misled))
     check = slice(taught, None)
     for channel in range(3):
         nearest = each.weights.round()[0, channel]
@@ -198,14 +168,10 @@ def test_a_rounding_that_does_not_help_on_the_other_rows_is_not_taken() -> None:
         if not torch.equal(chosen, nearest):
             error = [
                 (each.activation(each.rows[0, check] @ (w * each.scales[0, channel]) + each.bias[0, 0, channel])
-                 - each.expected[0, check, channel]).square().mean()
+                 - each.products[0, check, channel]).square().mean()
                 for w in (chosen, nearest)
             ]  # fmt: skip
             assert error[0] < error[1]
-
-
-def test_the_rectified_sigmoid_reaches_both_ends() -> None:
-    assert rectified_sigmoid(torch.tensor([-20.0, -2.5, 0.0, 2.5, 20.0])).tolist() == [0.0, 0.0, 0.5, 1.0, 1.0]
 
 
 # --- Rows --------------------------------------------------------------------------------------------------------
@@ -261,7 +227,7 @@ def check_rows(model: ir.Model, x: Array, weight: Array) -> None:
 @pytest.mark.parametrize("dialect", ["cpu", "tensorrt"])
 def test_a_network_comes_closer_to_its_float_form(images: Array, dialect: str) -> None:
     body = NET.replace(", group = 16", "").replace("<group = 4>", "")
-    shapes = {
+    shapes: dict[str, Any] = {
         **SHAPES,
         "w": (16, 16, 3, 3),
         "k": (16, 16, 3, 3),
@@ -334,11 +300,11 @@ def test_memory_is_bounded_by_what_was_asked_for(
     """Neither borders that are too large are kept, nor more rows than fit; and it is learned all the same."""
     seen: list[int] = []
     kept: list[int] = []
-    learn, passed = adaround.learned_rounding, adaround._Walk._passed
+    learn, passed = learned_rounding, adaround._Walk._passed
 
-    def watched(each: RoundingProblem, settings: AdaRoundSettings) -> Tensor:
-        seen.append(each.rows.numel() + each.expected.numel())
-        return learn(each, settings)
+    def watched(each: RoundingProblem) -> Tensor:
+        seen.append(each.rows.numel() + each.products.numel())
+        return learn(each)
 
     def counted(self: Any, model: ir.Model, batch: Array, border: str) -> Array:
         result: Array = passed(self, model, batch, border)
@@ -347,13 +313,13 @@ def test_memory_is_bounded_by_what_was_asked_for(
 
     monkeypatch.setattr(adaround, "learned_rounding", watched)
     monkeypatch.setattr(adaround._Walk, "_passed", counted)
-    learned(quantizer, images, iterations=2)
+    learned(quantizer, images)
     assert max(kept) == 48 * 16 * 8 * 8 * 4
     largest = max(seen)
     seen.clear()
     kept.clear()
     memory = 400_000
-    found = learned(quantizer, images, iterations=2, memory_bytes=memory)
+    found = learned(quantizer, images, memory_bytes=memory)
     assert set(found) == set(LAYERS)
     assert kept
     assert max(kept) <= memory // 4

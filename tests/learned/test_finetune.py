@@ -1,4 +1,4 @@
-"""Fine-tuning through fake quantization: what it recovers, what it leaves alone, and that what is written is trained."""
+"""Fine-tuning through fake quantization: what it recovers, what stays, and that what is written was trained."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_scales_follow_the_weights_as_the_quantizer_has_them() -> None:
         "float[N, 3, 4, 4] x",
         "float[N, 4, 4, 4] y",
         w=weight,
-        b=np.float32([0, 1, 1e3, 0]),
+        b=np.array([0, 1, 1e3, 0], np.float32),
     )
     table = collect(reference, [normal("x", 4, 3, 4, 4)], identity={})
     quantized = Quantizer("cpu", reference, table).runnable()
@@ -213,9 +213,10 @@ def test_several_passes_are_made_and_none_may_be_empty(model: ir.Model, quantize
         finetuned(model, quantizer, lambda number: iter(()), settings=STEPS)
 
 
-def test_a_training_that_diverges_says_so(model: ir.Model, quantizer: Quantizer) -> None:
-    with pytest.raises(DataError, match="the loss became"):
-        finetuned(model, quantizer, unlabelled(), settings=replace(STEPS, learning_rate=1e30))
+def test_a_loss_that_is_not_finite_ends_the_training(model: ir.Model, quantizer: Quantizer) -> None:
+    broken = np.full((4, *SHAPE), np.nan, np.float32)
+    with pytest.raises(DataError, match="the loss became nan in step 1"):
+        finetuned(model, quantizer, lambda number: iter([(broken, None)]), settings=STEPS)
 
 
 def test_a_network_that_pytorch_cannot_run_is_refused() -> None:

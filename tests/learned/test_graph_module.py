@@ -87,7 +87,7 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "maximum_ceil_padded": (
         "y = MaxPool <kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1], ceil_mode = 1> (x)", {}),
     "mean": ("y = AveragePool <kernel_shape = [3, 3], strides = [2, 1], pads = [1, 1, 1, 0]> (x)", {}),
-    "mean_with_padding": ("y = AveragePool <kernel_shape = [3, 3], pads = [1, 1, 1, 0], count_include_pad = 1> (x)", {}),
+    "mean_with_padding": ("y = AveragePool <kernel_shape = [3, 3], pads = [1, 1, 1, 0], count_include_pad = 1> (x)", {}),  # noqa: E501
     "mean_ceil": ("y = AveragePool <kernel_shape = [2, 2], strides = [2, 2], ceil_mode = 1> (x)", {}),
     "global_mean": ("y = GlobalAveragePool (x)", {}),
     "reduce": ("y = ReduceMean <keepdims = 0> (x, axes)", {"axes": np.array([2, -1])}),
@@ -179,11 +179,11 @@ def test_gradients_pass_straight_through_rounding_and_stop_where_it_saturates() 
         s=np.float32(0.5),
         z=np.uint8(10),
     )
-    x = torch.tensor([-9.0, -5.0, -4.9, 0.0, 0.24, 122.0, 122.5, 123.0], requires_grad=True)
+    x = torch.tensor([-9.0, -4.4, 0.0, 0.24, 122.0, 123.0], requires_grad=True)
     y = GraphModule(model)(x)
     (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert y.tolist() == [-5.0, -5.0, -5.0, 0.0, 0.0, 122.0, 122.5, 122.5]
-    assert gradient.tolist() == [0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+    assert y.tolist() == [-5.0, -4.5, 0.0, 0.0, 122.0, 122.5]
+    assert gradient.tolist() == [0.0, 1.0, 1.0, 1.0, 1.0, 0.0]
 
 
 def test_gradients_of_weights_are_those_of_the_same_network_in_pytorch() -> None:
@@ -204,16 +204,6 @@ def test_gradients_of_weights_are_those_of_the_same_network_in_pytorch() -> None
 
 
 # --- Whole networks ----------------------------------------------------------------------------------------------
-
-
-def _timm(name: str, **options: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import timm
-
-        network: nn.Module = timm.create_model(name, num_classes=10, **options)
-        return network
-
-    return build
 
 
 def _torchvision(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -240,10 +230,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "densenet": (_line_up("fashion_densenet"), (1, 32, 32)),
     "resnet": (_torchvision("resnet18"), (3, 32, 32)),
     "resnext": (_line_up("resnext_shallow"), (3, 32, 32)),
-    "mobilenet_v2": (_torchvision("mobilenet_v2", width_mult=0.25), (3, 32, 32)),
     "mobilenet_v3": (_torchvision("mobilenet_v3_small", width_mult=0.5), (3, 32, 32)),
-    "shufflenet": (_torchvision("shufflenet_v2_x0_5"), (3, 32, 32)),
-    "squeezenet": (_torchvision("squeezenet1_1"), (3, 32, 32)),
 }
 
 

@@ -67,7 +67,7 @@ def learned_integers(
     for index, pair in enumerate(pairs):
         walk.advance_to(pair)
         problem = _problem(pair, *walk.rows(pair, settings, index), settings)
-        filters = learned_rounding(problem, settings).cpu().numpy()
+        filters = learned_rounding(problem).cpu().numpy()
         found[pair.name] = as_weight(pair.node, filters, pair.weight.shape).astype(np.int8)
         pair.integers.const_value = ir.tensor(found[pair.name], name=pair.integers.name)
         progress(index + 1, len(pairs))
@@ -222,8 +222,7 @@ def _problem(pair: _Pair, rows: Batch, given: Batch, held_back: int, settings: A
     groups, outputs, _ = scales.shape
     tensors = (rows, given, as_filters(pair.node, pair.weight / scale), scales, _bias(pair, groups, outputs))
     x, y, weights, steps, bias = (torch.from_numpy(np.array(each)).to(settings.device) for each in tensors)
-    activation = _activation(pair.node)
-    return RoundingProblem(x, y, activation(y), weights, steps, bias, activation, held_back)
+    return RoundingProblem(x, y, weights, steps, bias, _activation(pair.node), held_back)
 
 
 def _bias(pair: _Pair, groups: int, outputs: int) -> Batch:
