@@ -336,7 +336,7 @@ def test_changed_code_remakes_its_stages(
     ("library", "stages"),
     [
         ("pillow", {"calibrate", "reference", f"verify {FP32}", f"verify {INT8}"}),
-        ("torch", {"export", "reference"}),
+        ("torch", {"export", "quantize cpu", "reference"}),
         ("torchvision", {"export", "reference"}),
         ("onnx-ir", {"export", "fold", "calibrate", "quantize cpu"}),
     ],

@@ -35,13 +35,8 @@ BACKEND_OF = {"cpu": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorr
 PLACING_SECONDS = 6.0
 """For the whole networks that take turns; each of two CPU backends spends them once per network and machine."""
 LADDER_CODE = (
-    "ladder.py",
-    "rungs.py",
-    "finetuning.py",
-    "learned",
-    "optimize",
-    "calibration/ranges.py",
-    "calibration/collect.py",
+    *("ladder.py", "rungs.py", "finetuning.py", "learned"),
+    *(f"calibration/{file}.py" for file in ("calib_cache", "collect", "division", "observers", "ranges", "sessions")),
 )
 
 
