@@ -9,8 +9,9 @@ Last, each layer of the set goes back to INT8 where the others turn out to be en
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,9 +32,13 @@ Batch = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one image through a candidate, and how it is known."""
+    """Of one image through a candidate, and how it is known.
 
-    milliseconds: float
+    * unit: "ms" if it was measured here, "of FP16" if it is modelled as a share of what all layers take in FP16
+    """
+
+    value: float
+    unit: Literal["ms", "of FP16"]
     kind: Literal["measured", "modelled"]
 
 
@@ -61,8 +66,7 @@ class MixedPoint:
             "agreement": self.parity.agreement,
             "sqnr_db": self.parity.sqnr_db,
             "expected_loss": self.expected_loss,
-            "latency_ms": None if self.latency is None else self.latency.milliseconds,
-            "latency_kind": None if self.latency is None else self.latency.kind,
+            "latency": None if self.latency is None else asdict(self.latency),
         }
 
 
@@ -73,7 +77,7 @@ class MixedPlan:
     * left_out: all layers that stay float, with the reason of each, for `Quantizer.quantized`
     * met: whether `chosen` meets the target; if not, it is the candidate with the least expected loss
     * before: with everything in INT8 that was not left out before
-    * frontier: the candidates that no other beats, the cheapest first
+    * frontier: the candidates that no other beats, the one with the most work in INT8 first
     """
 
     left_out: Mapping[str, str]
@@ -102,7 +106,7 @@ def smallest_float_set(
     *,
     left_out: Mapping[str, str] = NOTHING_LEFT_OUT,
     cost: Callable[[LayerSensitivity], float] = lambda layer: float(max(layer.macs, 1)),
-    latency: Callable[[Mapping[str, str]], Latency] | None = None,
+    least_int8: float = 0.0,
     threads: int = 0,
     progress: Callable[[int, int], None] = lambda done, at_most: None,
 ) -> MixedPlan:
@@ -112,11 +116,12 @@ def smallest_float_set(
     * reference_logits: `[N, classes]`, of the original FP32 network; images: `[N, C, H, W]`, decoded
     * meets: must rather hold the more layers are float
     * cost: of leaving one layer in float, above 0; by default its multiply-accumulates
-    * latency: of the network with these layers left out, if it is known
+    * least_int8: the share of the work of `sensitivities`' layers that stays in INT8 in any case, met or not
     * threads: of onnxruntime, 0 for all cores; progress: is told how many candidates have run, and how many at most
     """
     ranked = sorted(sensitivities, key=lambda layer: -noise_power(layer.only_quantized) / cost(layer))
-    trials = _Trials(quantizer, reference_logits, images, left_out, latency, threads, progress)
+    ranked = _while_worth(ranked, least_int8)
+    trials = _Trials(quantizer, reference_logits, images, left_out, threads, progress)
     order = [layer.node for layer in ranked]
     trials.at_most = 2 * (len(order).bit_length() + 1)
     count = _smallest_prefix(len(order), lambda first: meets(trials.point(order[:first])))
@@ -145,7 +150,6 @@ class _Trials:
         reference_logits: NDArray[Any],
         images: Batch,
         left_out: Mapping[str, str],
-        latency: Callable[[Mapping[str, str]], Latency] | None,
         threads: int,
         progress: Callable[[int, int], None],
     ) -> None:
@@ -153,7 +157,6 @@ class _Trials:
         self._reference = reference_logits
         self._images = images
         self._left_out = left_out
-        self._latency = latency
         self._threads = threads
         self._progress = progress
         self._points: dict[frozenset[str], MixedPoint] = {}
@@ -180,8 +183,14 @@ class _Trials:
             int8_share=_int8_share(self._quantizer, left_out),
             parity=compare(self._reference, logits, None, source="simulation"),
             expected_loss=expected_loss(self._reference, logits),
-            latency=None if self._latency is None else self._latency(left_out),
         )
+
+
+def _while_worth(ranked: Sequence[LayerSensitivity], least: float) -> list[LayerSensitivity]:
+    """The first of `ranked` layers, as many as leave the share `least` of the work of all of them to the others."""
+    total = sum(layer.macs for layer in ranked)
+    spent = itertools.accumulate(layer.macs for layer in ranked)
+    return [layer for layer, work in zip(ranked, spent, strict=True) if total - work >= least * total]
 
 
 def _int8_share(quantizer: Quantizer, left_out: Mapping[str, str]) -> float:
@@ -227,13 +236,9 @@ def _reason(layer: LayerSensitivity, rank: int, layers: int) -> str:
 
 
 def _frontier(points: Sequence[MixedPoint]) -> tuple[MixedPoint, ...]:
-    """Those of `points` that are more exact than all cheaper ones (latency, or else work left in float)."""
+    """Those of `points` that are more exact than all with more work in INT8."""
     found: list[MixedPoint] = []
-    for point in sorted(points, key=lambda point: (_price(point), noise_power(point.parity), len(point.float_layers))):
+    for point in sorted(points, key=lambda point: (-point.int8_share, noise_power(point.parity))):
         if not found or noise_power(point.parity) < noise_power(found[-1].parity):
             found.append(point)
     return tuple(found)
-
-
-def _price(point: MixedPoint) -> float:
-    return 1.0 - point.int8_share if point.latency is None else point.latency.milliseconds

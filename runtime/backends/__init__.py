@@ -20,6 +20,7 @@ __all__ = [
     "KernelTime",
     "Runner",
     "backend_named",
+    "backend_reading",
 ]
 
 BACKENDS: dict[str, Backend] = {
@@ -33,3 +34,11 @@ def backend_named(name: str) -> Backend:
     if name not in BACKENDS:
         raise EngineError(f"unknown backend {name!r}", f"there are {', '.join(BACKENDS)}")
     return BACKENDS[name]
+
+
+def backend_reading(dialect: str) -> Backend:
+    """The first backend that reads the quantized graphs of `dialect`. Raises `EngineError` if none does."""
+    for backend in BACKENDS.values():
+        if backend.dialect == dialect:
+            return backend
+    raise EngineError(f"no backend reads the dialect {dialect!r}")

@@ -16,7 +16,7 @@ from edgewright.calibration.datasets import check_disjoint
 from edgewright.calibration.image_set import ImageSet
 from edgewright.context import GRAPH_LIBRARIES, RunContext
 from edgewright.graphs import NVIDIA_DIALECTS, Graphs
-from edgewright.runtime.backends import BACKENDS, Backend
+from edgewright.runtime.backends import Backend, backend_reading
 from edgewright.runtime.files import sha256_of, write_json
 from edgewright.runtime.specs import OnnxArtifact
 from edgewright.workspace import library_versions, machine, source_hash
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["Int8Graphs", "Placed", "QuantizedArtifact"]
 
 CODE = "int8.py"
-BACKEND_OF = {"cpu": "onnxruntime", "openvino": "openvino", "tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}
 PLACING_SECONDS = 6.0
 """For the whole networks that take turns; each of two CPU backends spends them once per network and machine."""
 LADDER_CODE = (
@@ -83,7 +82,7 @@ class Int8Graphs:
 
     def placed(self, dialect: str) -> Placed:
         """Where INT8 pays; everywhere, if nothing can be measured here or nobody wants it to be."""
-        backend = BACKENDS[BACKEND_OF[dialect]]
+        backend = backend_reading(dialect)
         if self._options.placement == "rules" or backend.absence() is not None:
             return Placed({}, "fp32")
         file = f"placement-{dialect}.json"
@@ -97,6 +96,7 @@ class Int8Graphs:
                 "layers": len(quantizer.layers),
                 "remainder": found.remainder,
                 "chosen": found.chosen,
+                "notes": _placement_notes(dialect, len(found.left_out), len(quantizer.layers), found.remainder),
             }
 
         parts = {
@@ -153,7 +153,7 @@ class Int8Graphs:
                 "left_out": dict(climb.left_out),
                 "rungs": [rung.name for rung in climb.rungs if rung.taken],
                 "met": climb.met,
-                "notes": [f"int8 {dialect}: {climb.words}"],
+                "notes": [f"int8 {dialect}: {note}" for note in climb.notes],
             }
 
         parts = {
@@ -226,3 +226,10 @@ class Int8Graphs:
 
         model, table = self._graphs.folded_and_table()
         return Quantizer(dialect, model, table, method="minmax", remainder=self._options.remainder)
+
+
+def _placement_notes(dialect: str, left_out: int, layers: int, remainder: str) -> list[str]:
+    if not left_out:
+        return []
+    where = f"{left_out} of {layers} layers stay in {remainder.upper()}, where INT8 does not pay"
+    return [f"int8 {dialect}: {where}; plan-{dialect}.json has the reasons"]

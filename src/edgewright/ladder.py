@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from edgewright.calibration.calib_cache import CalibCache
 from edgewright.calibration.collect import CalibrationTable
 from edgewright.calibration.division import held_back
 from edgewright.calibration.ranges import AUTO
+from edgewright.frontier import with_latencies
 from edgewright.optimize.dialects import CPU, Quantized, Quantizer
 from edgewright.optimize.expected_loss import expected_loss
 from edgewright.optimize.mixed_precision import MixedPlan, MixedPoint, smallest_float_set
@@ -42,6 +43,7 @@ from edgewright.rungs import (
     loosely_equalized,
     rounded,
 )
+from edgewright.runtime.backends import backend_reading
 from edgewright.runtime.parity import DEFAULT_BUDGET, Parity, compare
 
 __all__ = ["Aim", "CalibrationImages", "Climb", "Fidelity", "Ladder", "Rung"]
@@ -54,6 +56,8 @@ network is surer of itself, and the verdict is one of the upper bound of an inte
 """
 DISAGREEMENT_OF_BUDGET = 2.0
 """As many times the budget may be answered otherwise than FP32 does: most of such answers are as good as the others."""
+LEAST_INT8 = 0.1
+"""Of the work that could be INT8: with less of it, INT8 is not worth its name, and the budget counts as missed."""
 LOST_DB = -300.0
 NAMED_LAYERS = 4
 """As many a sentence names; the plan names all of them."""
@@ -179,16 +183,24 @@ class Climb:
         done = ", ".join(rung.name for rung in self.rungs if rung.taken)
         gain = f"{first.choosing.words} → {last.choosing.words}" if last is not first else first.choosing.words
         unmet = "" if self.met else "; the budget is not met on the calibration images, this is the best plan"
-        return f"{done} ({gain}){self._left_in_float}{unmet}"
+        return f"{done} ({gain}){unmet}"
 
     @property
-    def _left_in_float(self) -> str:
-        layers = () if self.mixed is None else self.mixed.chosen.float_layers
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for a person: what was done, and which layers stay in float to keep accuracy, and why."""
+        layers = (
+            () if self.mixed is None else [name for name in self.mixed.chosen.float_layers if name in self.left_out]
+        )
         if not layers:
-            return ""
-        named = ", ".join(layers[:NAMED_LAYERS]) + (" …" if len(layers) > NAMED_LAYERS else "")
+            return (self.words,)
         remainder = "FP32" if self.quantizer.dialect in CPU else self.quantizer.remainder.upper()
-        return f"; {len(layers)} of {len(self.quantizer.layers)} layers stay in {remainder} to keep accuracy: {named}"
+        named = "; ".join(f"{name} ({self.left_out[name]})" for name in layers[:NAMED_LAYERS])
+        others = f"; and {len(layers) - NAMED_LAYERS} more, named in the plan" if len(layers) > NAMED_LAYERS else ""
+        count = len(self.quantizer.layers)
+        return (
+            self.words,
+            f"{len(layers)} of {count} layers stay in {remainder} to keep accuracy: {named}{others}",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a file that a person can read."""
@@ -296,16 +308,20 @@ class Ladder:
             threads=threads,
             progress=told("sensitivity"),
         )
-        return smallest_float_set(
+        mixed = smallest_float_set(
             quantizer,
             measured,
             self._choosing,
             self._images.choosing,
             lambda point: self.meets(Fidelity.of_point(point)),
             left_out=placed,
+            least_int8=LEAST_INT8,
             threads=threads,
             progress=told("mixed precision"),
         )
+        backend = backend_reading(quantizer.dialect)
+        frontier = with_latencies(mixed.frontier, quantizer, placed, backend, threads=threads)
+        return replace(mixed, frontier=frontier)
 
     def _candidate(self, quantizer: Quantizer, left_out: Mapping[str, str]) -> _Candidate:
         graph, threads = quantizer.runnable(left_out), self._aim.threads

@@ -173,7 +173,7 @@ def test_reasons_name_rank_and_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module._reason(LayerSensitivity("a", "Conv", 1, ruined, ruined), 1, 3).endswith("makes logits infinite")
 
 
-def test_frontier_by_work_and_by_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_frontier_falls_in_work_and_in_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = searched(monkeypatch, NOISES, EQUAL_WORK, at_least(25.0))
     shares = [point.int8_share for point in plan.frontier]
     noises = [noise_power(point.parity) for point in plan.frontier]
@@ -182,16 +182,19 @@ def test_frontier_by_work_and_by_latency(monkeypatch: pytest.MonkeyPatch) -> Non
     assert plan.frontier[0] == plan.before
     assert plan.chosen in plan.frontier
 
-    def latency(left_out: Mapping[str, str]) -> Latency:
-        return Latency(10.0 - len(left_out), "modelled")  # INT8 is slower here: the more in float, the better
 
-    plan = searched(monkeypatch, NOISES, EQUAL_WORK, at_least(25.0), latency=latency)
-    assert len(plan.frontier) == 1
-    assert plan.frontier[0].latency == Latency(10.0 - len(plan.frontier[0].float_layers), "modelled")
+def test_some_work_stays_in_int8_if_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight layers of one size: a quarter of the work is two of them; what is out of reach then is not met."""
+    unmet = searched(monkeypatch, NOISES, EQUAL_WORK, at_least(90.0), least_int8=0.25)
+    assert not unmet.met
+    assert len(unmet.chosen.float_layers) == len(NOISES) - 2
+    assert all(len(point.float_layers) <= len(NOISES) - 2 for point in unmet.frontier)
+    assert searched(monkeypatch, NOISES, EQUAL_WORK, at_least(13.0), least_int8=0.25).met
 
 
 def test_json_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = searched(monkeypatch, NOISES, EQUAL_WORK, at_least(13.0), latency=lambda _: Latency(2.5, "measured"))
+    plan = searched(monkeypatch, NOISES, EQUAL_WORK, at_least(13.0))
+    plan = replace(plan, chosen=replace(plan.chosen, latency=Latency(2.5, "ms", "measured")))
     content = json.loads(json.dumps(plan.to_json(), allow_nan=False))
     assert content["met"] is True
     assert list(content["left_out"]) == ["b", "d"]
@@ -202,10 +205,9 @@ def test_json_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         "agreement": plan.chosen.parity.agreement,
         "sqnr_db": plan.chosen.parity.sqnr_db,
         "expected_loss": plan.chosen.expected_loss,
-        "latency_ms": 2.5,
-        "latency_kind": "measured",
+        "latency": {"value": 2.5, "unit": "ms", "kind": "measured"},
     }
-    assert searched(monkeypatch, NOISES, EQUAL_WORK, at_least(13.0)).to_json()["before"]["latency_kind"] is None
+    assert content["before"]["latency"] is None
 
 
 def test_a_real_network_against_all_of_its_sets() -> None:
