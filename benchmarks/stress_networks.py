@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from edgewright.calibration.fashion_mnist import fashion_mnist_test, fashion_mnist_training
 from edgewright.export.models import MODELS
 from edgewright.export.weights import load_into, read_checkpoint, save_checkpoint
-from edgewright.fit import LabelledImages, fit, numerics
+from edgewright.fit import LabelledImages, fit
+from edgewright.learned.numerics import numerics
 from edgewright.recipes import Phase, Recipe
 
 __all__ = ["INPUT_SHAPE", "LARGEST_FACTOR", "NETWORKS", "PREPROCESS", "rescaled", "trained"]

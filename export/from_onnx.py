@@ -91,8 +91,9 @@ def import_onnx(
     Input "images" `[batch, C, H, W]` float32 with a dynamic batch, output "logits" `[batch, classes]` float32 (or
     `[batch, …]` features). Checked before it is returned: the ONNX checker, and on seeded images, in a batch of 1 and
     one of 5, outputs equal to those that the file itself gives for each image alone (or in the batch that it insists
-    on). Raises `ModelError` for the file, also if its content has another `fingerprint` than the one given, and
-    `ExportError` if it cannot be rewritten or the rewritten graph differs. `quantized`: it may hold integers already.
+    on). Raises `ModelError` for the file, also if its content has another `fingerprint` than the one given or its
+    logits are not finite, which names the layer, and `ExportError` if it cannot be rewritten or the rewritten graph
+    differs. `quantized`: it may hold integers already.
     """
     from edgewright.export.onnx_rewriting import rewritten  # brings onnxscript, which reading a header does not need
 
@@ -108,7 +109,7 @@ def import_onnx(
     session = cpu_session(proto.SerializeToString(), str(path))
     reference = _reference(session, header, str(path), at_once=header.batch or 1)
     content = rewritten(proto, header, input_shape, opset=opset)
-    _check_equal(reference, content, header, input_shape)
+    _check_equal(reference, content, header, input_shape, str(path))
     return content
 
 
@@ -174,7 +175,7 @@ def _one_row_per_image(output: Any, count: int, name: str) -> Logits:
     return output.reshape(output.shape[:2]) if set(output.shape[2:]) == {1} else output
 
 
-def _check_equal(reference: Infer, content: bytes, header: Header, input_shape: InputShape) -> None:
+def _check_equal(reference: Infer, content: bytes, header: Header, input_shape: InputShape, name: str) -> None:
     written = cpu_session(content, "the rewritten graph", failure=ExportError, remedy="choose another --opset")
     rng = np.random.default_rng(CHECK_SEED)
     for batch in CHECKED_BATCHES:
@@ -184,12 +185,25 @@ def _check_equal(reference: Infer, content: bytes, header: Header, input_shape: 
             (found,) = written.run([OUTPUT_NAME], {INPUT_NAME: images})
         except Exception as error:  # onnxruntime's exceptions have no common base of their own
             raise _wrong_batch(header, batch, f"does not run: {first_line(error)}") from error
+        if not np.isfinite(expected).all():
+            raise _nonfinite(content, images, name)
         difference = relative_difference(expected, found)
         if not difference <= TOLERANCE:  # also true for NaN
             share = (
                 f"differs from the file's own by {difference:.2g} of the largest logit, at most {TOLERANCE:g} expected"
             )
             raise _wrong_batch(header, batch, share)
+
+
+def _nonfinite(content: bytes, images: NDArray[np.float32], name: str) -> ModelError:
+    """Names the layer that gives NaN or infinity; the rewritten graph has all shapes, which the file may not have."""
+    import onnx
+    import onnx_ir as ir
+
+    from edgewright.calibration.nonfinite import nonfinite_error
+
+    cause = nonfinite_error(ir.from_proto(onnx.load_from_string(content)), images, 1, OUTPUT_NAME, "is not finite")
+    return ModelError(f"{name} gives no finite logits: on random images {cause.message}", cause.remedy)
 
 
 def _wrong_batch(header: Header, batch: int, happened: str) -> ExportError:

@@ -36,6 +36,6 @@ def calibration_warnings(
         too_few_warning(given),
         *image_warnings(images, preprocess, grey_expected=evidence.fits),
         evidence.warning,
-        dead_channel_warning(still_channels(folded, table)),
+        dead_channel_warning(still_channels(folded, table), table.samples),
     )
     return tuple(warning for warning in warnings if warning)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from edgewright.calibration.collect import CalibrationTable
+from edgewright.calibration.image_checks import FEWEST_IMAGES
 from edgewright.calibration.observers import clamp_limits
 from edgewright.optimize.plan import COMPUTE_OPERATORS, clamped_output
 
@@ -50,9 +51,12 @@ def still_channels(model: ir.Model, table: CalibrationTable) -> tuple[StillChann
     return tuple(found)
 
 
-def dead_channel_warning(layers: Sequence[StillChannels]) -> str:
-    """One sentence for all of them, the worst first, or ""."""
-    if not layers:
+def dead_channel_warning(layers: Sequence[StillChannels], images: int) -> str:
+    """One sentence for all of them, the worst first, or "".
+
+    Also "" if they were seen on fewer than `FEWEST_IMAGES` `images`: on those many channels rest that live.
+    """
+    if not layers or images < FEWEST_IMAGES:
         return ""
     worst = sorted(layers, key=lambda layer: -(layer.dead + layer.constant) / layer.channels)
     shown = ", ".join(f"{one.layer} ({one.dead + one.constant} of {one.channels})" for one in worst[:SHOWN])
@@ -60,4 +64,4 @@ def dead_channel_warning(layers: Sequence[StillChannels]) -> str:
     constant = sum(layer.constant for layer in layers)
     kind = "constant" if not any(layer.dead for layer in layers) else "dead or constant" if constant else "dead"
     subject = "1 layer has" if len(layers) == 1 else f"{len(layers)} layers have"
-    return f"{subject} {kind} channels: {shown}{more}; they cost time and do no harm"
+    return f"{subject} {kind} channels over {images} images: {shown}{more}; they cost time and do no harm"

@@ -7,7 +7,6 @@ another usual normalization instead. If one of those fits much better, the prepr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from edgewright.optimize.segments import GraphRun, segment
 from edgewright.runtime.preprocess import Preprocess
 
-__all__ = ["Evidence", "Expectation", "expectation_of", "preprocessing_evidence"]
+__all__ = ["Evidence", "Expectation", "expectation_of", "moments", "preprocessing_evidence"]
 
 Batch = NDArray[np.float32]
 Statistics = NDArray[np.float64]
@@ -31,6 +30,7 @@ FAR, FAR_OF_FEW, NEAR, FACTOR = 0.02, 0.5, 0.25, 2.0
 On EfficientNet-Lite0 64 photographs are at 0.01 … 0.02, with red and blue swapped at 0.03 … 0.04, with ImageNet's mean
 and standard deviation at 0.6; 16 are at up to 0.02, one alone at up to 0.25.
 """
+RGB = 3
 PARTS = 4
 """Another preparation must fit each of so many parts of the images better: what chance does, it does not do in all."""
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
@@ -56,15 +56,14 @@ class Expectation:
     variance: Statistics
     epsilon: float
 
-    def distance(self, activations: Batch) -> float:
-        """How far `activations` `[N, C, …]` are from it: the mean over the channels of a Kullback-Leibler divergence.
+    def distance(self, seen: Statistics) -> float:
+        """How far activations with `moments` `seen` are from it: the mean over the channels of a KL divergence.
 
         That of normal distributions, KL(seen ‖ remembered) = ½ (v/V + (m − M)²/V − 1 − ln(v/V)) (Kullback 1959), with
         the epsilon in both variances, so that a dead channel counts for nothing.
         """
-        axes = (0, *range(2, activations.ndim))
-        mean = activations.mean(axis=axes, dtype=np.float64)
-        ratio = (activations.var(axis=axes, dtype=np.float64) + self.epsilon) / self.variance
+        mean, square = seen.mean(axis=0)
+        ratio = (np.maximum(square - mean**2, 0.0) + self.epsilon) / self.variance
         return float(np.mean(ratio + (mean - self.mean) ** 2 / self.variance - 1 - np.log(ratio)) / 2)
 
 
@@ -107,25 +106,32 @@ def preprocessing_evidence(exported: ir.Model, preprocess: Preprocess, images: B
     (source,) = (str(value.name) for value in exported.graph.inputs)
     run = GraphRun(segment(exported, [source], [expected.value]), threads=threads)
 
-    def reaching(prepared: Batch) -> Batch:
-        return run.all({source: prepared})[expected.value]
+    def reaching(prepared: Batch) -> Statistics:
+        return np.concatenate([moments(part[expected.value]) for part in run.batches({source: prepared})])
 
     chosen = _spread(images, MOST_IMAGES)
     as_given = reaching(chosen)
     given = expected.distance(as_given)
     if not given > (FAR if len(chosen) >= FEW_IMAGES else FAR_OF_FEW):
         return Evidence(given)
-    few = dict(_prepared_otherwise(_spread(chosen, FEW_IMAGES), preprocess))
-    best = min(few, key=lambda words: expected.distance(reaching(few[words])))
-    otherwise = reaching(dict(_prepared_otherwise(chosen, preprocess))[best])
+    pixels = _pixels(chosen, preprocess)
+    few = _spread(pixels, FEW_IMAGES)
+    best = min(_preparations(preprocess, pixels.shape[1]), key=lambda other: expected.distance(reaching(other(few))))
+    otherwise = reaching(best(pixels))
     found = expected.distance(otherwise)
     if found > min(NEAR, given / FACTOR) or not _closer_throughout(expected, otherwise, as_given):
         return Evidence(given)
     return Evidence(
         given,
         f"the images look unlike the preprocessing: their distance from what the first normalization layer "
-        f"({expected.layer}) saw in training is {given:.2g} as given, {found:.2g} with {best}",
+        f"({expected.layer}) saw in training is {given:.2g} as given, {found:.2g} with {best.words}",
     )
+
+
+def moments(activations: Batch) -> Statistics:
+    """The means of the values of `activations` `[N, C, …]` and of their squares, float64 `[N, 2, C]`."""
+    values = activations.reshape(*activations.shape[:2], -1).astype(np.float64)
+    return np.stack([values.mean(axis=2), np.einsum("ncp,ncp->nc", values, values) / values.shape[2]], axis=1)
 
 
 def _spread(images: Batch, count: int) -> Batch:
@@ -134,28 +140,54 @@ def _spread(images: Batch, count: int) -> Batch:
     return chosen
 
 
-def _closer_throughout(expected: Expectation, otherwise: Batch, as_given: Batch) -> bool:
-    """Whether `otherwise` is closer to what is expected in each part of the images."""
+def _closer_throughout(expected: Expectation, otherwise: Statistics, as_given: Statistics) -> bool:
+    """Whether the `moments` of `otherwise` are closer to what is expected in each part of the images."""
     parts = min(PARTS, len(as_given))
     return all(
         expected.distance(otherwise[part::parts]) < expected.distance(as_given[part::parts]) for part in range(parts)
     )
 
 
-def _prepared_otherwise(images: Batch, preprocess: Preprocess) -> Iterator[tuple[str, Batch]]:
-    """The same images with red and blue swapped, with other normalizations, and both."""
-    mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
-    pixels = images * std + mean
-    colours = pixels.shape[1] == 3
-    if colours:
-        yield "red and blue swapped (BGR)", (pixels[:, ::-1] - mean) / std
-    for words, (centres, deviations) in NORMALIZATIONS.items():
-        centre, deviation = (_per_channel(values, pixels.shape[1]) for values in (centres, deviations))
-        if np.allclose(centre, mean, atol=0.01) and np.allclose(deviation, std, rtol=0.02):
+@dataclass(frozen=True)
+class _Preparation:
+    """Another way to prepare images; mean and deviation are float32 `[C, 1, 1]` on the scale 0 … 1."""
+
+    words: str
+    mean: Batch
+    deviation: Batch
+    swapped: bool = False
+
+    def __call__(self, pixels: Batch) -> Batch:
+        """Of `pixels` `[N, C, H, W]` from 0 to 1."""
+        prepared: Batch = ((pixels[:, ::-1] if self.swapped else pixels) - self.mean) / self.deviation
+        return prepared
+
+
+def _preparations(preprocess: Preprocess, channels: int) -> list[_Preparation]:
+    """Red and blue swapped, other normalizations, and both."""
+    mean, deviation = _as_given(preprocess)
+    found = [_Preparation("red and blue swapped (BGR)", mean, deviation, swapped=True)] if channels == RGB else []
+    for words, normalization in NORMALIZATIONS.items():
+        centre, spread = (_per_channel(values, channels) for values in normalization)
+        if np.allclose(centre, mean, atol=0.01) and np.allclose(spread, deviation, rtol=0.02):
             continue  # as given
-        yield words, (pixels - centre) / deviation
-        if colours:
-            yield f"{words}, red and blue swapped (BGR)", (pixels[:, ::-1] - centre) / deviation
+        found.append(_Preparation(words, centre, spread))
+        if channels == RGB:
+            found.append(_Preparation(f"{words}, red and blue swapped (BGR)", centre, spread, swapped=True))
+    return found
+
+
+def _pixels(images: Batch, preprocess: Preprocess) -> Batch:
+    """Of preprocessed `images`, from 0 to 1."""
+    mean, deviation = _as_given(preprocess)
+    pixels: Batch = images * deviation + mean
+    return pixels
+
+
+def _as_given(preprocess: Preprocess) -> tuple[Batch, Batch]:
+    """Mean and standard deviation, float32 `[C, 1, 1]`."""
+    mean, deviation = (np.asarray(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    return mean, deviation
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> Batch:

@@ -42,8 +42,10 @@ def with_bias_shifts(model: ir.Model, shifts: Mapping[str, NDArray[np.float32]])
         if old is not None and constant is None:
             continue  # computed at run time: nothing constant to add to
         beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
-        before = np.zeros_like(shift) if constant is None else constant.numpy()
-        values = (np.broadcast_to(before, shift.shape) + shift / beta).astype(np.float32)
+        scaled = np.zeros(1) if constant is None else beta * constant.numpy().reshape(-1)  # Gemm's may be [1, O]
+        values = (np.broadcast_to(scaled, shift.shape) + shift).astype(np.float32)
+        if beta != 1.0:
+            node.attributes.add(ir.AttrFloat32("beta", 1.0))  # the old one is inside the bias now
         if len(node.inputs) < 3:
             node.resize_inputs(3)
         node.replace_input_with(2, add_constant(shifted.graph, values, f"{node.name}::shifted_bias", names))

@@ -108,7 +108,7 @@ def activation_scales(quantized: ir.Model, known: Container[str]) -> list[Activa
         low, high = ((limit - float(zero_point)) * float(scale) for limit in (limits.min, limits.max))
         signed = zero_point.dtype == np.int8 or int(zero_point) == 128
         layer = next((reader for reader in readers if reader.op_type in COMPUTE_OPERATORS), readers[0])
-        silus = any(reader.op_type == "Sigmoid" and is_silu(reader) for reader in readers)
+        silus = any(reader.op_type == "QuickGelu" or is_silu(reader) for reader in readers)
         found.append(ActivationScale(layer, tensor, Range(low, high), signed, silus))
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from rich.console import Console
 
 from command import Command, Completed
 from contract import STAGE, differences
-from edgewright import cli
+from edgewright import blame as blaming
+from edgewright.blame import Blame, Hop
 from edgewright.calibration.collect import CalibrationTable, collect
 from edgewright.calibration.ranges import METHODS
-from edgewright.cli_explain import blame, explain
 from edgewright.explain import check_layer, explain_document, with_effects
 from edgewright.explain import explain as explained
 from edgewright.explain_layer import layer_detail
@@ -43,7 +43,7 @@ LAYER = {
 }  # fmt: skip
 EXPLAIN = {
     "schema": ("edgewright.explain/1",), "model": str, "dialect": ("cpu", "openvino", "tensorrt", "rtx"),
-    "images": int, "logits": FIDELITY, "layers": [LAYER], "stages": [STAGE],
+    "images": int, "logits": FIDELITY, "layers": [LAYER], "notes": [str], "stages": [STAGE],
 }  # fmt: skip
 DETAIL = {
     "histogram": {"edges": [NUMBER], "shares": [NUMBER]},
@@ -69,8 +69,6 @@ Tiny = Callable[..., Completed]
 def tiny(command: Command, build_dir: Path, images: Any, monkeypatch: pytest.MonkeyPatch) -> Tiny:
     """A command on the tiny network in the test's copy of the finished build folder."""
     monkeypatch.setenv("COLUMNS", str(WIDTH))
-    for each in (explain, blame):
-        monkeypatch.setitem(cli.cli.commands, str(each.name), each)
 
     def run(name: str, *arguments: object) -> Completed:
         return command(name, "tiny", "--build-dir", build_dir, "--method", "mse", *images.options, *arguments)
@@ -123,6 +121,31 @@ def test_an_unknown_layer_is_one_error_with_near_names(tiny: Tiny) -> None:
     assert "did you mean features.3/Conv" in error
 
 
+@pytest.mark.parametrize("name", ["explain", "blame"])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--dialect", "cpu", "--backend", "openvino"), ("--backend", "onnxruntime", "--backend", "openvino"),
+     ("--precision", "fp16")],
+    ids=str,
+)  # fmt: skip
+def test_what_means_no_single_int8_graph_is_refused(tiny: Tiny, name: str, arguments: tuple[str, ...]) -> None:
+    done = tiny(name, *arguments)
+    assert done.code == 2
+    assert "leave out --precision" in done.err or "give one of them" in done.err
+
+
+def test_a_backend_stands_for_the_graph_that_it_reads(tiny: Tiny) -> None:
+    document = tiny("explain", "--backend", "tensorrt", "--images", 4, "--json").document
+    assert document["dialect"] == "tensorrt"
+    assert "unknown backend 'x'" in tiny("explain", "--backend", "x").error
+
+
+def test_a_calibration_cache_is_read(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "calib.cache").write_text("TRT-8501-EntropyCalibration2\nimages: 7fc00000\n")
+    error = tiny("explain", "--dialect", "tensorrt", "--images", 4, "--calib-cache", tmp_path / "calib.cache").error
+    assert "calib.cache: line 2 gives a scale of nan" in error
+
+
 @pytest.mark.parametrize("dialect", ["cpu", "tensorrt"])
 def test_blame_goes_through_all_hops_and_finds_nobody(tiny: Tiny, dialect: str) -> None:
     done = tiny("blame", "--json", "--dialect", dialect, "--images", 40)
@@ -131,8 +154,28 @@ def test_blame_goes_through_all_hops_and_finds_nobody(tiny: Tiny, dialect: str) 
     names = [hop["name"] for hop in done.document["hops"]]
     assert names[:4] == ["exported ONNX", "folded", "FP16 simulation", "INT8 simulation"]
     assert done.document["hops"][3]["against"] == ("folded" if dialect == "cpu" else "FP16 simulation")
-    assert ("engine" in names) != bool(done.document["notes"]), "an engine, or why there is none"
+    absent = [note for note in done.document["notes"] if note.startswith("no engine: ")]
+    assert ("engine" in names) != bool(absent), "an engine, or why there is none"
     assert done.document["guilty"] == []
+
+
+def test_the_int8_hop_is_judged_by_what_the_calibration_saw_and_what_was_changed(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = blaming.blame, []
+
+    def looked_at(hops: Sequence[Hop], *arguments: Any, **options: Any) -> Blame:
+        seen.append(next(hop for hop in hops if hop.kind == "int8"))
+        return original(hops, *arguments, **options)
+
+    monkeypatch.setattr(blaming, "blame", looked_at)
+    assert tiny("blame", "--images", 4).code == 0
+    monkeypatch.setattr("edgewright.blame_hops.KEEPING", ())  # as if choosing ranges changed the weights
+    assert tiny("blame", "--images", 4).code == 0
+    plain, changed = seen
+    assert "images" in plain.histograms
+    assert plain.incomparable == ""
+    assert changed.incomparable == "its weights and activations were changed on purpose (ranges)"
 
 
 def test_blame_for_a_person(tiny: Tiny) -> None:

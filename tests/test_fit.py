@@ -19,7 +19,8 @@ from edgewright import training_data
 from edgewright.curve import CurveRow
 from edgewright.export.zoo.lenet import lenet_bn_scratch
 from edgewright.export.zoo.mbconv import StochasticDepth, mobilenet_effnet_b0
-from edgewright.fit import LabelledImages, _parameter_groups, _set_stochastic_depth, device_named, fit, numerics
+from edgewright.fit import LabelledImages, _parameter_groups, _set_stochastic_depth, device_named, fit
+from edgewright.learned.numerics import numerics
 from edgewright.recipes import Phase, Recipe
 from edgewright.runtime.errors import DataError, DeviceError, ModelError
 from edgewright.runtime.preprocess import Preprocess

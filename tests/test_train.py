@@ -28,7 +28,8 @@ from edgewright.console import _DelayedBar
 from edgewright.curve import CurveRow
 from edgewright.export.models import FASHION_MNIST_LABELS, MODELS
 from edgewright.export.weights import load_into, read_checkpoint
-from edgewright.fit import MOST_THREADS, _Bar
+from edgewright.fit import _Bar
+from edgewright.learned.numerics import MOST_THREADS
 from edgewright.recipes import LARGEST_SEED, recipe_of, trainable
 from edgewright.runtime.errors import DataError, DeviceError, EdgewrightError, ModelError, WorkspaceError
 from edgewright.train import LARGEST_SIZE, Training, train_checkpoint

@@ -59,7 +59,15 @@ def hops_of(pipeline: Pipeline, dialect: str, images: Batch) -> tuple[tuple[Hop,
         graph_hop(EXPORTED, "exact", exported),
         graph_hop(FOLDED, "exact", folded),
         graph_hop(FP16, "fp16", _simulation(half)),
-        graph_hop(INT8, "int8", _simulation(quantized), before=FP16 if half_remainder else FOLDED, quantized=quantized),
+        graph_hop(
+            INT8,
+            "int8",
+            _simulation(quantized),
+            before=FP16 if half_remainder else FOLDED,
+            quantized=quantized,
+            histograms=pipeline.graphs.folded_and_table()[1].histograms,
+            incomparable=_rescaled(pipeline, dialect),
+        ),
     )
     engine, note = _engine(pipeline, dialect)
     return (*hops, *engine), (note,) if note else ()

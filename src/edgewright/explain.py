@@ -158,8 +158,11 @@ def check_layer(name: str, known: Sequence[str]) -> str:
     raise QuantizationError(f"there is no layer {name!r}", f"did you mean {', '.join(near)}?")
 
 
-def explain_document(explanation: Explanation, model: str) -> dict[str, Any]:
-    """The document `edgewright.explain/1`, the worst layer first; `detail` is added for a layer that is asked for."""
+def explain_document(explanation: Explanation, model: str, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """The document `edgewright.explain/1`, the worst layer first; `detail` is added for a layer that is asked for.
+
+    `notes`: what the stages before it noticed.
+    """
     return {
         "schema": "edgewright.explain/1",
         "model": model,
@@ -167,6 +170,7 @@ def explain_document(explanation: Explanation, model: str) -> dict[str, Any]:
         "images": explanation.images,
         "logits": _fidelity(explanation.logits),
         "layers": [_layer_document(layer) for layer in explanation.worst_first],
+        "notes": list(notes),
     }
 
 

@@ -45,8 +45,8 @@ def explain_table(layers: Sequence[ExplainedLayer], logits_db: float | None, wid
     return table
 
 
-def explain_lines(explanation: Explanation, shown: Sequence[ExplainedLayer]) -> list[str]:
-    """What the layers come to, how to read the table, and why layers are not INT8."""
+def explain_lines(explanation: Explanation, shown: Sequence[ExplainedLayer], notes: Sequence[str] = ()) -> list[str]:
+    """What the layers come to, how to read the table, why layers are not INT8, and what the stages noticed."""
     logits = explanation.logits
     left = len(explanation.layers) - len(shown)
     lines = [
@@ -63,7 +63,7 @@ def explain_lines(explanation: Explanation, shown: Sequence[ExplainedLayer]) -> 
         if layer.precision != "int8":
             reasons.setdefault(GATE_NAME.sub("", layer.reason), []).append(_short_name(layer))
     lines += [f"not INT8: {_listed(names)}: {reason}" for reason, names in reasons.items()]
-    return lines
+    return [*lines, *(f"note: {note}" for note in notes)]
 
 
 def detail_lines(layer: ExplainedLayer, detail: LayerDetail) -> list[str]:

@@ -1,21 +1,30 @@
-"""The training set that a person names for `--finetune`, and the training on it."""
+"""The training set that a person names for `--finetune`, and the training on it.
+
+torch and onnx are imported only where it really trains: a run in which nothing changed asks for the images too.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from edgewright.calibration.datasets import image_folder
-from edgewright.calibration.fashion_mnist import fashion_mnist_training
+from edgewright.calibration.fashion_mnist import CLASSES, fashion_mnist_training
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
-from edgewright.optimize.dialects import Quantizer
-from edgewright.rungs import Finetune, Progress
+from edgewright.runtime.errors import DataError
 from edgewright.runtime.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from edgewright.optimize.dialects import Quantizer
+    from edgewright.rungs import Finetune, Progress
 
 __all__ = ["FASHION_MNIST", "finetuning", "training_images"]
 
@@ -26,18 +35,24 @@ BATCH = 64
 def training_images(words: str, labels: tuple[str, ...]) -> ImageSet:
     """Fashion-MNIST's 60,000 training images, or those of a folder; `labels` are the model's.
 
-    Raises `DataError` if there are none, or if a folder's classes are not the model's.
+    Raises `DataError` if there are none, or if their classes are not the model's.
     """
     if words == FASHION_MNIST:
+        if len(labels) != CLASSES:
+            raise DataError(
+                f"Fashion-MNIST has {CLASSES} classes, the model {len(labels)}", "name a folder of its own images"
+            )
         images, classes = fashion_mnist_training()
         return ImageSet.from_array("Fashion-MNIST training", images, classes.astype(np.int64))
     return image_folder(Path(words), labels)
 
 
-def finetuning(reference: ir.Model, images: ImageSet, preprocess: Preprocess, *, seed: int) -> Finetune:
+def finetuning(
+    reference: ir.Model, images: ImageSet, preprocess: Preprocess, *, seed: int, threads: int = 0
+) -> Finetune:
     """What trains a Quantizer's graph on `images`, taught by folded FP32 `reference`; `seed` is of their order.
 
-    On a GPU where PyTorch finds one.
+    On a GPU where PyTorch finds one, else on `threads` of the CPU, 0 for as many as PyTorch takes by itself.
     """
 
     def train(quantizer: Quantizer, left_out: Mapping[str, str], progress: Progress) -> ir.Model:
@@ -50,9 +65,9 @@ def finetuning(reference: ir.Model, images: ImageSet, preprocess: Preprocess, *,
             reference,
             quantizer,
             shuffled(images, preprocess, seed),
-            settings=FinetuneSettings(device=device),
+            settings=FinetuneSettings(device=device, threads=threads),
             left_out=left_out,
-            progress=lambda done, total, loss: progress(done, total, f"fine-tuning, loss {loss:.3f}"),
+            progress=lambda done, total, loss: progress(done, total, f"fine-tuning, {_decibels(loss):.1f} dB"),
         )
 
     return train
@@ -71,3 +86,8 @@ def shuffled(
             yield batch, None if mixed.labels is None else mixed.labels[start : start + BATCH]
 
     return one_pass
+
+
+def _decibels(noise: float) -> float:
+    """Of the logits, from their noise-to-signal ratio."""
+    return -10 * math.log10(max(noise, 1e-30))

@@ -32,12 +32,19 @@ from edgewright.runtime.preprocess import Preprocess
 from edgewright.training_data import Pixels, augmented, batches, normalized, square_size, top1
 from edgewright.workspace import source_hash
 
-__all__ = ["CODE", "MOST_THREADS", "Fitted", "LabelledImages", "Progress", "device_named", "fit", "numerics"]
+__all__ = ["CODE", "Fitted", "LabelledImages", "Progress", "device_named", "fit"]
 
 MOMENTUM = 0.9  # of SGD, Nesterov's form; usual since Sutskever et al. 2013
 DEVICES = ("cpu", "cuda")
-MOST_THREADS = 1024  # far more than help a training; PyTorch would start however many are asked for
-CODE = ("train.py", "fit.py", "training_data.py", "recipes.py", "export/zoo", "runtime/preprocess.py")
+CODE = (
+    "train.py",
+    "fit.py",
+    "learned/numerics.py",
+    "training_data.py",
+    "recipes.py",
+    "export/zoo",
+    "runtime/preprocess.py",
+)
 """The sources that decide what a training gives."""
 
 Progress = Callable[[int, int, str], None]
@@ -129,27 +136,6 @@ def device_named(name: str) -> torch.device:
             "PyTorch finds no CUDA GPU here", "train with --device cpu, or install the driver and a PyTorch with CUDA"
         )
     return torch.device(name)
-
-
-@contextlib.contextmanager
-def numerics(threads: int = 0) -> Iterator[None]:
-    """The settings under which a training can be repeated; 0 threads are as many as PyTorch takes by itself.
-
-    Denormal numbers, which vanishing gradients become, slow a CPU down tenfold and change nothing: they are zero.
-    Raises `DataError` for a number of threads that no machine has.
-    """
-    if not 0 <= threads <= MOST_THREADS:
-        raise DataError(f"threads is {threads}, expected from 0 to {MOST_THREADS}")
-    before, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(threads or before)
-    torch.backends.cudnn.deterministic = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.deterministic = deterministic
-        torch.set_num_threads(before)
-        torch.set_flush_denormal(False)
 
 
 class _Trainee:

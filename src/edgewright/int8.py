@@ -33,8 +33,9 @@ __all__ = ["Int8Graphs", "Placed", "QuantizedArtifact"]
 CODE = "int8.py"
 PLACING_SECONDS = 6.0
 """For the whole networks that take turns; each of two CPU backends spends them once per network and machine."""
+PLACING_CODE = ("optimize", "runtime/backends", *(f"runtime/{file}.py" for file in ("audit", "intervals", "latency")))
 LADDER_CODE = (
-    *("ladder.py", "rungs.py", "finetuning.py", "learned"),
+    *("ladder.py", "rungs.py", "frontier.py", "finetuning.py", "learned"),
     *(f"calibration/{file}.py" for file in ("calib_cache", "collect", "division", "observers", "ranges", "sessions")),
 )
 
@@ -103,9 +104,11 @@ class Int8Graphs:
             "graph": self._graphs.folded.sha256,
             "calibration": self._graphs.calibrated,  # what could be measured can be INT8
             "backend": f"{backend.name} {backend.version()} {backend.device()}",
-            "placing code": source_hash("optimize", "runtime/backends", "runtime/latency.py"),
+            "placing code": source_hash(*PLACING_CODE),
             "libraries": library_versions(*GRAPH_LIBRARIES, "networkx"),
         }
+        if dialect in NVIDIA_DIALECTS:
+            parts["remainder"] = self._options.remainder
         if dialect == "rtx":
             parts["targets"] = ", ".join(self._options.targets)
         else:
@@ -216,7 +219,8 @@ class Int8Graphs:
             return None
         from edgewright.finetuning import finetuning
 
-        return finetuning(model, self._training, self._context.preprocess, seed=self._options.seed)
+        options = self._options
+        return finetuning(model, self._training, self._context.preprocess, seed=options.seed, threads=options.threads)
 
     def _told(self, done: int, total: int, rung: str) -> None:
         self._context.observer.progressed("quantize", done, total, rung)

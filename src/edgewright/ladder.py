@@ -59,6 +59,7 @@ DISAGREEMENT_OF_BUDGET = 2.0
 LEAST_INT8 = 0.1
 """Of the work that could be INT8: with less of it, INT8 is not worth its name, and the budget counts as missed."""
 LOST_DB = -300.0
+LONG_SECONDS = 10.0
 NAMED_LAYERS = 4
 """As many a sentence names; the plan names all of them."""
 RUNGS: tuple[tuple[str, Callable[[Ground, Quantizer, Mapping[str, str]], Attempted]], ...] = (
@@ -136,6 +137,11 @@ class Rung:
     choosing: Fidelity
     held_back: Fidelity
 
+    @property
+    def in_words(self) -> str:
+        """Its name, and how long it took if that was long."""
+        return self.name if self.seconds < LONG_SECONDS else f"{self.name} in {self.seconds:.0f} s"
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -180,7 +186,7 @@ class Climb:
     def words(self) -> str:
         """What was done and what came of it, in a sentence."""
         first, last = self.rungs[0], [rung for rung in self.rungs if rung.taken][-1]
-        done = ", ".join(rung.name for rung in self.rungs if rung.taken)
+        done = ", ".join(rung.in_words for rung in self.rungs if rung.taken)
         gain = f"{first.choosing.words} → {last.choosing.words}" if last is not first else first.choosing.words
         unmet = "" if self.met else "; the budget is not met on the calibration images, this is the best plan"
         return f"{done} ({gain}){unmet}"
@@ -294,7 +300,7 @@ class Ladder:
         budget = self._aim.budget
         return (
             fidelity.expected_loss <= SHARE_OF_BUDGET * budget
-            and 1 - fidelity.agreement <= DISAGREEMENT_OF_BUDGET * budget
+            and fidelity.agreement >= 1 - DISAGREEMENT_OF_BUDGET * budget
         )
 
     def _mixed(self, quantizer: Quantizer, placed: Mapping[str, str]) -> MixedPlan:

@@ -20,7 +20,8 @@ from edgewright.calibration.fashion_mnist import fashion_mnist_test, fashion_mni
 from edgewright.calibration.image_set import ImageSet
 from edgewright.curve import CurveRow, curve_files, write_curve
 from edgewright.export.weights import load_into, read_checkpoint, save_checkpoint
-from edgewright.fit import LabelledImages, Progress, device_named, fit, numerics
+from edgewright.fit import LabelledImages, Progress, device_named, fit
+from edgewright.learned.numerics import numerics
 from edgewright.recipes import Recipe, recipe_of, trainable_entry
 from edgewright.runtime.errors import DataError, WorkspaceError
 from edgewright.training_data import Pixels, square_size, top1

@@ -275,6 +275,25 @@ def test_graphs_that_cannot_go_on_are_refused(body: str, inputs: str, reason: st
         import_onnx(written(tmp_path, body, inputs), SHAPE, opset=19)
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (np.nan, "layer conv .Conv. gives NaN for image 1: its weight w holds NaN; export the model again"),
+        (3e38, "layer conv .Conv. gives .*infinite values for image 1: it reads finite values .* exceed float32"),
+    ],
+)
+@pytest.mark.parametrize("inputs", [ANY, "float[4,3,8,8] x"], ids=["any", "four"])
+def test_a_graph_without_finite_logits_names_its_layer(value: float, reason: str, inputs: str, tmp_path: Path) -> None:
+    path = written(tmp_path, FLAT.replace("c = Conv", "[conv] c = Conv"), inputs)
+    model = onnx.load(path)
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == "w")
+    weights = onnx.numpy_helper.to_array(weight).copy()
+    weights[1] = value
+    weight.CopyFrom(onnx.numpy_helper.from_array(weights, "w"))
+    with pytest.raises(ModelError, match=f"net.onnx gives no finite logits: on random images {reason}"):
+        import_onnx(saved(tmp_path, model), SHAPE, opset=19)
+
+
 def test_a_file_that_changed_since_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path)
     fingerprint = onnx_source(ModelRequest(str(path))).fingerprint

@@ -18,7 +18,7 @@ from edgewright.export.to_onnx import export_onnx
 from edgewright.learned.fake_quantization import fake_quantized
 from edgewright.learned.finetune import FinetuneSettings, LabelledBatch, finetuned
 from edgewright.learned.graph_module import GraphModule
-from edgewright.optimize.dialects import Quantizer
+from edgewright.optimize.dialects import DIALECTS, Quantizer
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
 from edgewright.optimize.qdq import weight_s8
 from edgewright.optimize.repairs import Repairs
@@ -32,7 +32,7 @@ Array = NDArray[Any]
 
 SHAPE = (3, 12, 12)
 CLASSES = 6
-STEPS = FinetuneSettings(steps=60, learning_rate=2e-3)
+STEPS = FinetuneSettings(steps=60, learning_rate=0.2, threads=1)
 
 
 @pytest.fixture(autouse=True)
@@ -111,8 +111,10 @@ def test_a_network_that_lost_a_lot_comes_closer_to_its_teacher(model: ir.Model, 
     assert changed == read & set(before)
 
 
-def test_what_was_trained_is_what_is_written(model: ir.Model, quantizer: Quantizer) -> None:
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_was_trained_is_what_is_written(model: ir.Model, quantizer: Quantizer, dialect: str) -> None:
     """The activations keep their scales, and those of the weights are the ones the student had."""
+    quantizer = Quantizer(dialect, model, quantizer.table, method=quantizer.method)
     trained = finetuned(model, quantizer, unlabelled(), settings=replace(STEPS, steps=5))
     student, weights = fake_quantized(quantizer.runnable(), model)
     module = GraphModule(student, [weight.weight for weight in weights])
@@ -170,7 +172,7 @@ def test_labels_have_their_share(model: ir.Model, quantizer: Quantizer) -> None:
 
     shares = []
     for label_share in (0.0, 1.0):
-        settings = replace(STEPS, label_share=label_share)
+        settings = replace(STEPS, label_share=label_share, learning_rate=0.5)
         trained = finetuned(model, quantizer, mislabelled, settings=settings)
         shares.append((logits_of(trained, pictures(200, 2), threads=1).argmax(1) == 2).mean())
     assert shares[1] > shares[0] + 0.3
@@ -186,7 +188,7 @@ def test_the_same_batches_give_the_same_weights(model: ir.Model, quantizer: Quan
     assert not all(np.array_equal(first[name], other[name]) for name in first)
 
 
-def test_layers_that_stay_float_learn_too_and_repairs_have_no_part(model: ir.Model, quantizer: Quantizer) -> None:
+def test_layers_that_stay_float_learn_too(model: ir.Model, quantizer: Quantizer) -> None:
     left_out = {quantizer.layers[1]: "for the test"}
     short = replace(STEPS, steps=4)
     trained = constants(finetuned(model, quantizer, unlabelled(), settings=short, left_out=left_out))
@@ -194,10 +196,69 @@ def test_layers_that_stay_float_learn_too_and_repairs_have_no_part(model: ir.Mod
     weight = node.inputs[1]
     assert weight is not None
     assert not np.array_equal(trained[str(weight.name)], constants(model)[str(weight.name)])
-    shifts = {quantizer.layers[0]: np.full(16, 5.0, np.float32)}
-    repaired = quantizer.repaired(Repairs(bias_shifts=shifts))
-    same = constants(finetuned(model, repaired, unlabelled(), settings=short, left_out=left_out))
-    assert all(np.array_equal(trained[name], same[name]) for name in trained)
+
+
+def test_the_training_starts_from_the_repairs_of_the_layers_that_are_int8(
+    model: ir.Model, quantizer: Quantizer
+) -> None:
+    """A learning rate of 0 leaves what the repaired quantizer writes, with no repairs beside it."""
+    generator = np.random.default_rng(3)
+    first, second = quantizer.layers[1:3]
+    nearest = {node.name: array for node, array in int8_weights(quantizer.runnable())}
+    moved = nearest[first] + generator.integers(-1, 2, nearest[first].shape) * (np.abs(nearest[first]) < 126)
+    shifts = {layer: np.full(len(nearest[layer]), 0.5, np.float32) for layer in (first, second)}
+    repaired = quantizer.repaired(Repairs(bias_shifts=shifts, integers={first: moved.astype(np.int8)}))
+    left_out = {second: "for the test"}
+    still = replace(STEPS, steps=1, learning_rate=0.0)
+    trained = finetuned(model, repaired, unlabelled(), settings=still, left_out=left_out)
+    images = pictures(50, 2)
+    expected = logits_of(repaired.runnable(left_out), images, threads=1)
+    found = logits_of(again(quantizer, trained).runnable(left_out), images, threads=1)
+    unrepaired = logits_of(quantizer.runnable(left_out), images, threads=1)
+    assert (compare(expected, unrepaired, None).sqnr_db or 0) < 25
+    assert (compare(expected, found, None).sqnr_db or 0) > 60
+    after = {node.name: array for node, array in int8_weights(again(quantizer, trained).runnable())}
+    assert np.array_equal(after[first], moved)
+    assert np.array_equal(after[second], nearest[second])
+
+
+def test_large_and_small_channels_move_by_as_many_quantization_steps(model: ir.Model, quantizer: Quantizer) -> None:
+    short = replace(STEPS, steps=10)
+    before, after = constants(model), constants(finetuned(model, quantizer, unlabelled(), settings=short))
+    name = max((name for name in before if before[name].ndim == 4), key=lambda name: spread(before[name]))
+    assert spread(before[name]) > 100
+    moved = np.abs(after[name] - before[name]).max((1, 2, 3))
+    in_steps = moved / weight_s8(before[name], 0).scale
+    assert moved.max() > 100 * moved.min()
+    assert short.learning_rate < in_steps.min() <= in_steps.max() < short.steps * short.learning_rate
+
+
+def spread(weight: Array) -> float:
+    """How many times as large as the smallest of its output channels the largest is."""
+    largest = np.abs(weight).max((1, 2, 3))
+    return float(largest.max() / largest.min())
+
+
+def int8_weights(model: ir.Model) -> Iterator[tuple[ir.Node, Array]]:
+    """The layers of a quantized graph with their integers."""
+    for node in model.graph:
+        source = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
+        integers = source.inputs[0] if source is not None and source.op_type == "DequantizeLinear" else None
+        if integers is not None and integers.const_value is not None:
+            yield node, integers.const_value.numpy()
+
+
+def test_the_settings_of_pytorch_are_as_before(model: ir.Model, quantizer: Quantizer) -> None:
+    seen: list[int] = []
+    finetuned(
+        model,
+        quantizer,
+        unlabelled(),
+        settings=replace(STEPS, steps=1, threads=2),
+        progress=lambda done, total, loss: seen.append(torch.get_num_threads()),
+    )
+    assert seen == [2]
+    assert torch.get_num_threads() == 1
 
 
 def test_several_passes_are_made_and_none_may_be_empty(model: ir.Model, quantizer: Quantizer) -> None:

@@ -77,20 +77,26 @@ def test_dead_and_constant_channels_are_counted_by_layer() -> None:
     model = network(w=([2, 3, 7], 0.0), b=([2, 3, 7], [-1.0, -2.0, 3.0]), u=(1, 0.0))
     found = still_channels(model, measured(model))
     assert found == (StillChannels("one", 2, 1, 16), StillChannels("head", 0, 1, 4))
-    assert dead_channel_warning(found) == (
-        "2 layers have dead or constant channels: head (1 of 4), one (3 of 16); they cost time and do no harm"
+    assert dead_channel_warning(found, 24) == (
+        "2 layers have dead or constant channels over 24 images: head (1 of 4), one (3 of 16); "
+        "they cost time and do no harm"
     )
 
 
 def test_a_sound_network_has_no_such_channels() -> None:
     model = network(b=(ALL, 0.1), k=(ALL, 0.1))
     assert still_channels(model, measured(model)) == ()
-    assert dead_channel_warning(()) == ""
+    assert dead_channel_warning((), 24) == ""
 
 
 def test_three_layers_are_named_and_the_others_counted() -> None:
     layers = [StillChannels(f"layer{index}", index, 0, 64) for index in range(1, 6)]
-    assert dead_channel_warning(layers) == (
-        "5 layers have dead channels: layer5 (5 of 64), layer4 (4 of 64), layer3 (3 of 64), …; "
+    assert dead_channel_warning(layers, 24) == (
+        "5 layers have dead channels over 24 images: layer5 (5 of 64), layer4 (4 of 64), layer3 (3 of 64), …; "
         "they cost time and do no harm"
     )
+
+
+def test_on_few_images_channels_that_live_rest() -> None:
+    assert dead_channel_warning([StillChannels("one", 3, 0, 64)], 15) == ""
+    assert dead_channel_warning([StillChannels("one", 3, 0, 64)], 16) != ""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgewright.calibration.collect import CalibrationTable
 from edgewright.optimize.calibration_warnings import calibration_warnings
-from edgewright.optimize.expected_images import expectation_of, preprocessing_evidence
+from edgewright.optimize.expected_images import expectation_of, moments, preprocessing_evidence
 from edgewright.runtime.preprocess import Preprocess
 from textual_graphs import graph, normal
 
@@ -55,7 +55,7 @@ def test_the_distance_is_that_of_normal_distributions() -> None:
         np.log(np.sqrt(V) / np.sqrt(v + 1e-5)) + (v + 1e-5 + (m - M) ** 2) / (2 * V) - 0.5
         for m, v, M, V in zip(channels.mean(1), channels.var(1), expected.mean, expected.variance, strict=True)
     ]
-    assert expected.distance(maps) == pytest.approx(np.mean(divergences), rel=1e-6)
+    assert expected.distance(moments(maps)) == pytest.approx(np.mean(divergences), rel=1e-6)
 
 
 def test_images_that_fit_are_left_in_peace() -> None:
@@ -111,10 +111,21 @@ def test_one_channel_has_no_colours_to_swap() -> None:
 
 def test_all_warnings_come_together() -> None:
     model = network(HALVES)
-    few = HALVES.normalize(pictures(5))
+    images = HALVES.normalize(pictures(40))
+    still = CalibrationTable({}, 40, {}, {"a": {2: 0.5}})
+    black = np.full_like(images, -1.0)
+    narrow, empty, same, grey, last = calibration_warnings(model, model, HALVES, black, still, given=40, threads=1)
+    assert narrow.startswith("all pixels of 40 calibration images")
+    assert empty.startswith("40 of 40 calibration images")
+    assert same.startswith("all of 40 calibration images")
+    assert grey.endswith("but the network takes colours")
+    assert last.startswith("1 layer has constant channels over 40 images: stem (1 of 8)")
+    assert calibration_warnings(model, model, HALVES, images, CalibrationTable({}, 40, {}), given=40, threads=1) == ()
+
+
+def test_of_few_images_only_their_number_is_said() -> None:
+    model = network(HALVES)
     table = CalibrationTable({}, 5, {}, {"a": {2: 0.5}})
-    first, last = calibration_warnings(model, model, HALVES, few, table, given=table.samples, threads=1)
-    assert first.startswith("only 5 calibration images")
-    assert last.startswith("1 layer has constant channels: stem (1 of 8)")
-    many = HALVES.normalize(pictures(40))
-    assert calibration_warnings(model, model, HALVES, many, CalibrationTable({}, 40, {}), given=40, threads=1) == ()
+    few = HALVES.normalize(pictures(5))
+    (only,) = calibration_warnings(model, model, HALVES, few, table, given=5, threads=1)
+    assert only.startswith("only 5 calibration images")

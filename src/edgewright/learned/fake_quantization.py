@@ -8,13 +8,14 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgewright.learned.graph_module import GraphModule
 from edgewright.optimize.edits import constant_tensor, remove_if_unused
 from edgewright.optimize.plan import COMPUTE_OPERATORS
 from edgewright.optimize.qdq import SMALLEST_SCALE, weight_s8
 
-__all__ = ["QuantizedWeight", "fake_quantized"]
+__all__ = ["QuantizedWeight", "dequantized_weights", "fake_quantized"]
 
 LARGEST_INTEGER = 127  # that a weight becomes: `weight_s8`
 
@@ -38,6 +39,28 @@ class QuantizedWeight:
         weight, scale = module.constant(self.weight), module.constant(self.scale)
         magnitude = weight.abs().amax(self.others)
         scale.copy_(torch.maximum(magnitude / LARGEST_INTEGER, torch.from_numpy(self.floor).to(scale.device)))
+
+    def step(self, module: GraphModule) -> Tensor:
+        """The scale as it is now, what the weight changes by from one integer to the next; it broadcasts to it."""
+        sides = [1 if axis in self.others else side for axis, side in enumerate(module.constant(self.weight).shape)]
+        return module.constant(self.scale).reshape(sides).clone()
+
+
+def dequantized_weights(quantized: ir.Model) -> dict[str, NDArray[np.float32]]:
+    """What the INT8 weights of `quantized` stand for, by the names of the layers that read them."""
+    found = {}
+    for node in quantized.graph:
+        dequantize = _weight_dequantizer(node)
+        if dequantize is None:
+            continue
+        integers, scale = (constant_tensor(value) for value in dequantize.inputs[:2])
+        assert integers is not None
+        assert scale is not None
+        sides = [1] * integers.shape.rank()
+        if scale.shape.rank():
+            sides[dequantize.attributes.get_int("axis", 1)] = -1
+        found[str(node.name)] = (integers.numpy() * scale.numpy().reshape(sides)).astype(np.float32)
+    return found
 
 
 def fake_quantized(quantized: ir.Model, reference: ir.Model) -> tuple[ir.Model, tuple[QuantizedWeight, ...]]:

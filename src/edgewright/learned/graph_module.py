@@ -12,6 +12,7 @@ import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from edgewright.learned.operation import Operation
 from edgewright.learned.operators import OPERATORS
@@ -45,6 +46,10 @@ class GraphModule(nn.Module):
         """The parameter or buffer that holds the constant called `name` in the graph."""
         tensor: Tensor = getattr(self, self._places[name])
         return tensor
+
+    def parametrize(self, name: str, parametrization: nn.Module) -> None:
+        """Trains what `parametrization` makes the constant called `name` of, instead of the constant itself."""
+        register_parametrization(self, self._places[name], parametrization)
 
     def forward(self, images: Tensor) -> Tensor:
         """The graph's output."""
