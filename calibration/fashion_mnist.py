@@ -27,6 +27,7 @@ from .image_set import ImageSet
 __all__ = [
     "CALIBRATION_IMAGES",
     "CLASSES",
+    "FASHION_MNIST",
     "SHIPPED_FILE",
     "fashion_mnist_calibration",
     "fashion_mnist_test",
@@ -34,6 +35,9 @@ __all__ = [
     "read_idx",
     "read_split",
 ]
+
+FASHION_MNIST = "fashion-mnist"
+"""What a person calls the data set."""
 
 SHIPPED_FILE = Path(__file__).parent / "data" / "fashion_mnist.npz"
 CALIBRATION_IMAGES = 1024

@@ -136,7 +136,7 @@ class Trained:
             return train(reference, quantizer, batches, **options)
 
         monkeypatch.setattr(finetune, "finetuned", watched)
-        monkeypatch.setattr(finetune, "FinetuneSettings", lambda device: settings(steps=3, device=device))
+        monkeypatch.setattr(finetune, "FinetuneSettings", lambda **given: settings(steps=3, **given))
         monkeypatch.setattr(ladder, "RUNGS", ladder.RUNGS[-1:])
         monkeypatch.setattr(ladder.Ladder, "meets", lambda *_: next(self.answers, True))
 

@@ -168,9 +168,7 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--finetune", metavar="DIR|fashion-mnist", help="If need be, train INT8 on these images, quantization-aware."
     ),
-    click.option(
-        "--calib-cache", type=click.Path(path_type=Path), metavar="FILE", help="Ranges of an old TensorRT."
-    ),
+    click.option("--calib-cache", type=click.Path(path_type=Path), metavar="FILE", help="Ranges of an old TensorRT."),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=21, show_default=True, help="Of the rescue."),
     click.option(
         "--max-drop",

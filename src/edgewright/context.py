@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from edgewright.calibration.calib_cache import read_calib_cache
 from edgewright.calibration.datasets import image_folder
+from edgewright.calibration.fashion_mnist import FASHION_MNIST
 from edgewright.export.completion import Completion
 from edgewright.export.entries import InputShape, ModelSource
 from edgewright.export.resolve import ModelRequest, folder_name, resolve
@@ -92,6 +94,10 @@ class RunContext:
         for folder in (options.calibration, options.evaluation):
             if folder is not None:
                 image_folder(folder)  # says before the first stage what is wrong without knowing the labels
+        if options.finetune is not None and options.finetune != FASHION_MNIST:
+            image_folder(Path(options.finetune))
+        if options.calib_cache is not None:
+            read_calib_cache(options.calib_cache)
         self.observer = observer or Observer()
         self.workspace = Workspace(options.build_dir / folder_name(options.model), self.observer)
         self.runs: list[StageRun] = []

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewright.calibration.datasets import image_folder
-from edgewright.calibration.fashion_mnist import CLASSES, fashion_mnist_training
+from edgewright.calibration.fashion_mnist import CLASSES, FASHION_MNIST, fashion_mnist_training
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
 from edgewright.runtime.errors import DataError
@@ -26,9 +26,8 @@ if TYPE_CHECKING:
     from edgewright.optimize.dialects import Quantizer
     from edgewright.rungs import Finetune, Progress
 
-__all__ = ["FASHION_MNIST", "finetuning", "training_images"]
+__all__ = ["finetuning", "training_images"]
 
-FASHION_MNIST = "fashion-mnist"
 BATCH = 64
 
 

@@ -159,6 +159,11 @@ class Graphs:
 
         A quarter of the images is held back, to check what the others chose.
         """
+        if self._context.source.quantized:
+            raise ModelError(
+                f"{self._options.model} came quantized: there is nothing left to calibrate",
+                "edgewright engine builds it as it is",
+            )
         preprocess, graph, images = self._context.preprocess, self.folded, self.calibration_images
         identity = {
             "graph": graph.sha256,
