@@ -16,7 +16,7 @@ from edgewright.runtime.errors import DataError
 from edgewright.runtime.files import sha256_of, sha256_of_file
 from edgewright.runtime.preprocess import ImageLike
 
-__all__ = ["ImageSet", "check_disjoint"]
+__all__ = ["ImageSet", "check_disjoint", "without"]
 
 NAMED_IN_ERRORS = 3  # a message names so many files and counts the rest
 
@@ -146,6 +146,12 @@ class ImageSet:
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def without(images: ImageSet, others: ImageSet) -> ImageSet:
+    """Those of `images` whose content is not in `others`."""
+    known = set(others.fingerprints)
+    return images.subset([index for index, found in enumerate(images.fingerprints) if found not in known])
 
 
 def check_disjoint(calibration: ImageSet, evaluation: ImageSet, *, allow_overlap: bool) -> None:

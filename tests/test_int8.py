@@ -166,7 +166,7 @@ def test_bf16_of_the_placement_reaches_the_engine(folder: Folder, timed: Any, mo
     [
         ({"seed": 5}, ("seed",)),
         ({"threads": 2}, ("threads",)),
-        ({"budget": 0.5, "method": "mse", "rescue": True, "finetune": "a folder"}, ()),
+        ({"budget": 0.5, "method": "mse", "rescue": True, "finetune": "fashion-mnist"}, ()),
         ({"remainder": "fp32", "targets": ("sm120",), "placement": "measured"}, ()),
     ],
     ids=["seed", "threads", "what mends", "of GPUs alone"],

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.calibration.calib_cache import CalibCache, read_calib_cache
 from edgewright.calibration.datasets import check_disjoint
-from edgewright.calibration.image_set import ImageSet
+from edgewright.calibration.image_set import ImageSet, without
 from edgewright.context import GRAPH_LIBRARIES, RunContext
 from edgewright.graphs import NVIDIA_DIALECTS, Graphs
 from edgewright.runtime.backends import Backend, backend_reading
@@ -204,7 +204,7 @@ class Int8Graphs:
 
     @functools.cached_property
     def _training(self) -> ImageSet | None:
-        """What `--finetune` names; disjoint from the evaluation images."""
+        """What `--finetune` names, but for calibration images, a quarter of which check it; none may judge later."""
         words = self._options.finetune
         if words is None:
             return None
@@ -212,7 +212,7 @@ class Int8Graphs:
 
         images = training_images(words, self._graphs.exported.labels)
         check_disjoint(images, self._graphs.evaluation_images, allow_overlap=self._options.allow_overlap)
-        return images
+        return without(images, self._graphs.calibration_images)
 
     def _finetune(self, model: Any) -> Finetune | None:
         if self._training is None:

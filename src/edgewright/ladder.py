@@ -1,6 +1,6 @@
 """The rescue ladder: from plain ranges to as much repair as the budget needs, and no further.
 
-    ranges → equalization → bias correction → AdaRound → fine-tuning, if it was asked for → mixed precision
+    ranges → equalization, exact, then loose → bias correction → AdaRound → fine-tuning, if asked for → mixed precision
 
 Every rung makes a candidate, a `Quantizer`; the candidate's graph is run on calibration images and its logits are held
 against those of the folded FP32 graph. A rung is taken if the logit SQNR rises on the images that choose and does not
@@ -275,6 +275,7 @@ class Ladder:
             began = time.monotonic()
             quantizer, note = make(self._ground, best.quantizer, placed)
             if quantizer is None:
+                rungs.append(Rung(name, False, note, time.monotonic() - began, best.choosing, best.held_back))
                 continue
             candidate = self._candidate(quantizer, placed)
             taken = candidate.better_than(best)

@@ -138,17 +138,19 @@ def corrected(ground: Ground, quantizer: Quantizer, left_out: Mapping[str, str])
 def rounded(ground: Ground, quantizer: Quantizer, left_out: Mapping[str, str]) -> Attempted:
     """AdaRound; the biases are corrected behind it once more."""
     from edgewright.learned.adaround import AdaRoundSettings, learned_integers
+    from edgewright.learned.numerics import numerics
 
     bare = quantizer.repaired(Repairs())
-    integers = learned_integers(
-        bare.model,
-        bare.runnable(left_out),
-        [layer for layer in bare.layers if layer not in left_out],
-        ground.images,
-        settings=AdaRoundSettings(seed=ground.seed),
-        threads=ground.threads,
-        progress=ground.told("AdaRound"),
-    )
+    with numerics(ground.threads):
+        integers = learned_integers(
+            bare.model,
+            bare.runnable(left_out),
+            [layer for layer in bare.layers if layer not in left_out],
+            ground.images,
+            settings=AdaRoundSettings(seed=ground.seed),
+            threads=ground.threads,
+            progress=ground.told("AdaRound"),
+        )
     if not integers:
         return None, "no rounding was better than the nearest"
     learned = bare.repaired(Repairs(integers=integers))

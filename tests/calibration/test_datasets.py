@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from edgewright.calibration.datasets import check_disjoint, image_folder
-from edgewright.calibration.image_set import ImageSet
+from edgewright.calibration.image_set import ImageSet, without
 from edgewright.calibration.stream import batches
 from edgewright.runtime.errors import DataError
 from edgewright.runtime.preprocess import ImageLike, Preprocess
@@ -481,3 +481,15 @@ def test_memory_does_not_grow_with_the_number_of_images() -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] * 1.1
+
+
+def test_images_that_others_hold_too_are_taken_out_by_content() -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (5, 4, 4), np.uint8)
+    images = ImageSet.from_array("five", pixels, np.arange(5))
+    rest = without(images, ImageSet.from_array("two", pixels[[3, 0]]))
+    assert rest.labels is not None
+    assert rest.labels.tolist() == [1, 2, 4]
+    assert [np.array_equal(np.asarray(rest[index]), pixels[index_of]) for index, index_of in enumerate((1, 2, 4))] == [
+        True
+    ] * 3
+    assert len(without(images, ImageSet.from_array("others", 255 - pixels))) == 5
