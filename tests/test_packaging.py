@@ -74,7 +74,9 @@ def the_file(folder: Path, pattern: str) -> Path:
 
 def source_files() -> dict[str, Path]:
     """What belongs into the package, by its path there."""
-    files = {f"edgewright/{path.name}": path for path in (ROOT / "src" / "edgewright").glob("*.py")}
+    own = ROOT / "src" / "edgewright"
+    files = {f"edgewright/{path.name}": path for path in own.glob("*.py")}
+    files |= {f"edgewright/learned/{path.name}": path for path in (own / "learned").glob("*.py")}
     for package in PACKAGES:
         files |= {f"edgewright/{path.relative_to(ROOT).as_posix()}": path for path in (ROOT / package).rglob("*.py")}
     return files | {name: ROOT / name.removeprefix("edgewright/") for name in DATA if not name.endswith("py.typed")}

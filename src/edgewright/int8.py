@@ -155,6 +155,7 @@ class Int8Graphs:
                 "layers": sum(decision.operator in COMPUTE_OPERATORS for decision in quantized.plan.decisions),
                 "left_out": dict(climb.left_out),
                 "rungs": [rung.name for rung in climb.rungs if rung.taken],
+                "rung_seconds": {rung.name: rung.seconds for rung in climb.rungs},
                 "met": climb.met,
                 "notes": [f"int8 {dialect}: {note}" for note in climb.notes],
             }
@@ -190,7 +191,7 @@ class Int8Graphs:
             options.method,
             options.remainder,
             cache=self._cache,
-            rescue=options.rescue,
+            rescue=options.rescue and bool(self._graphs.exported.labels),  # a map of features has no answers
             finetune=self._finetune(model),
             threads=options.threads,
             seed=options.seed,

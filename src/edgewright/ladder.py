@@ -142,6 +142,10 @@ class Rung:
         """Its name, and how long it took if that was long."""
         return self.name if self.seconds < LONG_SECONDS else f"{self.name} in {self.seconds:.0f} s"
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, without the time, so that the same climb gives the same file."""
+        return {name: value for name, value in asdict(self).items() if name != "seconds"}
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -211,7 +215,7 @@ class Climb:
     def to_json(self) -> dict[str, Any]:
         """Plain values, for a file that a person can read."""
         return {
-            "rungs": [asdict(rung) for rung in self.rungs],
+            "rungs": [rung.to_json() for rung in self.rungs],
             "met": self.met,
             "left_out": dict(self.left_out),
             "mixed_precision": None if self.mixed is None else self.mixed.to_json(),
@@ -250,8 +254,8 @@ class Ladder:
     ) -> None:
         self._images, self._aim = images, aim
         self._ground = Ground(model, table, images.choosing, aim.threads, aim.seed, progress, aim.finetune)
-        self._choosing = logits_of(model, images.choosing, threads=aim.threads)
-        self._held_back = logits_of(model, images.held_back, threads=aim.threads)
+        self._choosing = self._answers(model, images.choosing)
+        self._held_back = self._answers(model, images.held_back)
 
     def climb(self, dialect: str, placed: Mapping[str, str] = NOTHING_LEFT_OUT) -> Climb:
         """As far as the budget needs; `placed`: layers that stay float since INT8 does not pay there, and why.
@@ -331,12 +335,18 @@ class Ladder:
         return replace(mixed, frontier=frontier)
 
     def _candidate(self, quantizer: Quantizer, left_out: Mapping[str, str]) -> _Candidate:
-        graph, threads = quantizer.runnable(left_out), self._aim.threads
+        graph = quantizer.runnable(left_out)
         return _Candidate(
             quantizer,
-            Fidelity.of(self._choosing, logits_of(graph, self._images.choosing, threads=threads)),
-            Fidelity.of(self._held_back, logits_of(graph, self._images.held_back, threads=threads)),
+            Fidelity.of(self._choosing, self._answers(graph, self._images.choosing)),
+            Fidelity.of(self._held_back, self._answers(graph, self._images.held_back)),
         )
+
+    def _answers(self, graph: ir.Model, images: Batch) -> Batch:
+        """Logits `[N, classes]`; of maps of features `[N, C, H, W]` the means of the channels."""
+        answers = logits_of(graph, images, threads=self._aim.threads)
+        means: Batch = answers.reshape(*answers.shape[:2], -1).mean(axis=-1)
+        return answers if answers.ndim == 2 else means
 
 
 def _methods(quantizer: Quantizer) -> str:
