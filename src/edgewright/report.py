@@ -276,7 +276,18 @@ def verdict_line(outcome: Outcome, folder: str) -> str:
         return f"{undecided.sentence}; no engine is recommended"
     if outcome.verdict == "inconclusive":
         return "INCONCLUSIVE: no engine could be run here"
-    return "FAIL: no engine stays within the budget; none is recommended"
+    over = [row for row in outcome.rows if row.status == "over_budget" and row.parity is not None]
+    closest = min(over, key=_lost, default=None)
+    if closest is None:
+        return "FAIL: no engine stays within the budget; none is recommended"
+    return (
+        f"FAIL: no engine stays within the budget; none is recommended. The closest is {closest.backend} "
+        f"{closest.precision}, which loses, in points, {_loss(closest)}: {folder}/{closest.path}"
+    )
+
+
+def _lost(row: EngineRow) -> float:
+    return 1.0 if row.parity is None else row.parity.loss
 
 
 def _percent(share: float | None) -> str:
