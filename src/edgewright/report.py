@@ -280,10 +280,8 @@ def verdict_line(outcome: Outcome, folder: str) -> str:
     closest = min(over, key=_lost, default=None)
     if closest is None:
         return "FAIL: no engine stays within the budget; none is recommended"
-    return (
-        f"FAIL: no engine stays within the budget; none is recommended. The closest is {closest.backend} "
-        f"{closest.precision}, which loses, in points, {_loss(closest)}: {folder}/{closest.path}"
-    )
+    name, path = f"{closest.backend} {closest.precision}", f"{folder}/{closest.path}"
+    return f"FAIL: no engine stays within the budget; the closest, {name}, loses {_loss(closest)}: {path}"
 
 
 def _lost(row: EngineRow) -> float:
