@@ -572,5 +572,5 @@ def test_the_table_gives_symmetric_ranges_by_every_method(method: str) -> None:
 
 
 def test_an_unknown_method_is_refused_for_symmetric_ranges_too() -> None:
-    with pytest.raises(CalibrationError, match="unknown range method 'magic'; choose one of minmax"):
+    with pytest.raises(CalibrationError, match="unknown range method 'magic'; choose one of auto, minmax"):
         CalibrationTable({}, 1, {}).ranges("magic", signed=True)
