@@ -128,7 +128,7 @@ class Quantizer:
         measured = self.table.ranges(self.method, self.plan.activations, transfers, signed=self.dialect in NVIDIA)
         return measured if self.cache is None else with_cached_ranges(measured, self.cache)
 
-    def of(self, model: ir.Model, table: CalibrationTable) -> Quantizer:
+    def for_network(self, model: ir.Model, table: CalibrationTable) -> Quantizer:
         """The same dialect, method and remainder for another graph, without the repairs of this one."""
         return Quantizer(self.dialect, model, table, method=self.method, remainder=self.remainder, cache=self.cache)
 

@@ -116,7 +116,7 @@ def _with_equalized(ground: Ground, quantizer: Quantizer, *, inexact: bool) -> A
     if quantizer.cache is not None:
         return None, "the ranges of a calibration cache are those of the network as it was"
     model, table, note = ground.equalized(inexact=inexact)
-    return None if table is None else quantizer.of(model, table), note
+    return None if table is None else quantizer.for_network(model, table), note
 
 
 def corrected(ground: Ground, quantizer: Quantizer, left_out: Mapping[str, str]) -> Attempted:
@@ -162,4 +162,4 @@ def finetuned(ground: Ground, quantizer: Quantizer, left_out: Mapping[str, str])
     if ground.finetune is None:
         return None, "not asked for"
     trained = ground.finetune(quantizer, left_out, ground.progress)
-    return quantizer.of(trained, quantizer.table), "weights trained with fake quantization"
+    return quantizer.for_network(trained, quantizer.table), "weights trained with fake quantization"

@@ -151,7 +151,7 @@ def test_repaired_keeps_the_ranges_and_leaves_the_quantizer_as_it_was() -> None:
 
 def test_another_graph_has_none_of_the_repairs() -> None:
     repaired = quantizer_of("tensorrt").repaired(REPAIRS)
-    other = repaired.of(network(), repaired.table)
+    other = repaired.for_network(network(), repaired.table)
     assert (other.dialect, other.method, other.remainder) == ("tensorrt", repaired.method, repaired.remainder)
     assert other.repairs == Repairs()
     assert bytes_of(other.quantized().model) == bytes_of(quantizer_of("tensorrt").quantized().model)

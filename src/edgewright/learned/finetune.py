@@ -100,7 +100,7 @@ def finetuned(
     """
     start = _repaired(quantizer, left_out)
     names = _trained_names(start)
-    graph, weights = fake_quantized(quantizer.of(start, quantizer.table).runnable(left_out), start)
+    graph, weights = fake_quantized(quantizer.for_network(start, quantizer.table).runnable(left_out), start)
     student = GraphModule(graph, names).to(settings.device)
     teacher = GraphModule(reference).to(settings.device)
     _train_in_steps(student, names, weights)
