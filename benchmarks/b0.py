@@ -1,4 +1,4 @@
-"""mobilenet_effnet_b0 on the 10,000 test images: the loss of our INT8 beside that of onnxruntime's own quantizer."""
+"""mobilenet_effnet_b0 on the 10,000 test images: the loss of our INT8 beside that of the peers'."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 import onnx_ir as ir
 from figures import Figure
 from numpy.typing import NDArray
-from quantizers import SETTINGS, calibrated, climbed, folded_model, quantize_with_onnxruntime, serialized
+from peers import peer_result
+from quantizers import calibrated, climbed, folded_model, serialized
 
 from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
 from edgewright.calibration.stream import batches
@@ -25,9 +26,11 @@ from edgewright.runtime.parity import Parity, compare
 
 Batch = NDArray[np.float32]
 
+PEERS = ("onnxruntime min-max", "onnxruntime entropy", "onnxruntime percentile", "onnxruntime S8 min-max", "ModelOpt")
+
 
 def measure() -> Iterator[Figure]:
-    """FP32 top-1, our INT8 loss with as much repair as it needs, that of the peer in four settings, and FP16."""
+    """FP32 top-1, our INT8 loss with as much repair as it needs, those of the peers, and FP16."""
     preprocess = MODELS["mobilenet_effnet_b0"].task.preprocess
     calibration = np.concatenate(list(batches(fashion_mnist_calibration(), preprocess, 64)))
     test = fashion_mnist_test()
@@ -41,8 +44,11 @@ def measure() -> Iterator[Figure]:
         yield from _ours(dialect, folded, calibration, judged)
     half = half_graph(folded, calibrated(folded, calibration)).model
     yield Figure("B0 FP16 loss, simulated", 100 * judged.parity(simulate_fp16(half)).loss, "points", 0.05)
-    for setting, model in _peers(graph, calibration):
-        yield Figure(f"B0 INT8 loss, onnxruntime {setting}", 100 * judged.parity(model).loss, "points")
+    for peer in PEERS:
+        with tempfile.TemporaryDirectory() as scratch:
+            result = peer_result(peer, graph, calibration, Path(scratch))
+            if result is not None:
+                yield Figure(f"B0 INT8 loss, {peer}", 100 * judged.parity(ir.load(result.graph)).loss, "points")
 
 
 @dataclass(frozen=True)
@@ -77,12 +83,3 @@ def _ours(dialect: str, folded: ir.Model, calibration: Batch, judged: _Judged) -
     yield Figure(f"{words}: upper bound of the loss", 100 * parity.loss_ci95[1], "points", 0.5)
     yield Figure(f"{words}: share of MACs in INT8", 100 * share, "%", 85.0 if bounded else None, at_least=True)
     yield Figure(f"{words}: the climb", seconds, "s")
-
-
-def _peers(graph: bytes, calibration: Batch) -> Iterator[tuple[str, ir.Model]]:
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
-        source.write_bytes(graph)
-        for name, setting in SETTINGS.items():
-            quantize_with_onnxruntime(source, target, calibration, setting)
-            yield name, ir.load(target)

@@ -1,27 +1,26 @@
 """CPU latency of the engine that would be recommended beside the fastest of the peers': batch 1, two threads, one run.
 
 Ours are FP32 and INT8 where it pays, of onnxruntime and OpenVINO, and OpenVINO's BF16; the peers are FP32 of both,
-BF16, the graph of onnxruntime's own quantizer and, where NNCF is installed, its graph in OpenVINO. All engines take
+BF16, the graph of onnxruntime's own quantizer and NNCF's in OpenVINO, where they are installed. All engines take
 turns. A random network is as fast as a trained one, so calibration is on noise, and nothing is said of accuracy.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from figures import Figure
-from networks import NETWORKS, SHAPE, noise
+from networks import NETWORKS, noise
 from numpy.typing import NDArray
-from quantizers import calibrated, quantize_with_onnxruntime, serialized
+from peers import ON_CPU, peer_result
+from quantizers import calibrated, serialized
 
 from edgewright.optimize.dialects import Quantizer
 from edgewright.optimize.placement import placed
@@ -41,8 +40,6 @@ Runs = dict[str, Callable[[], object]]
 
 def measure() -> Iterator[Figure]:
     """For each network all engines as a share of onnxruntime's FP32, then ours as a share of the fastest peer."""
-    if importlib.util.find_spec("nncf") is None:
-        print("  NNCF is not installed: not compared")
     for name, network in NETWORKS.items():
         yield from _network(name, network())
 
@@ -52,7 +49,7 @@ def _network(name: str, model: ir.Model) -> Iterator[Figure]:
     with ExitStack() as stack:
         both = _runs(stack, _in_float(model), images[:1])  # what a peer gives without any quantizer, and so do we
         ours = _runs(stack, _placed(model, images), images[:1])
-        peers = _runs(stack, _by_onnxruntime(model, images), images[:1]) | _by_nncf(model, images)
+        peers = _by_peers(stack, model, images)
         samples = interleaved_samples(both | ours | peers, budget_seconds=COMPARISON_SECONDS, min_runs=30, max_runs=400)
     for words, taken in samples.items():
         ratio = paired_ratio(taken, samples[PLAIN])
@@ -94,28 +91,26 @@ def _placed(model: ir.Model, images: Batch) -> Iterator[tuple[str, str, bytes]]:
             yield f"{backend} INT8 where it pays", backend, built.compiled.engine
 
 
-def _by_onnxruntime(model: ir.Model, images: Batch) -> Iterator[tuple[str, str, bytes]]:
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
-        source.write_bytes(serialized(model))
-        quantize_with_onnxruntime(source, target, images)
-        yield "onnxruntime's quantizer", "onnxruntime", target.read_bytes()
+def _by_peers(stack: ExitStack, model: ir.Model, images: Batch) -> Runs:
+    """NNCF's rest runs in FP32 and, where the processor has it, in BF16, which is OpenVINO's default."""
+    runs: Runs = {}
+    for peer in ON_CPU:
+        with tempfile.TemporaryDirectory() as folder:
+            result = peer_result(peer, serialized(model), images, Path(folder))
+            if result is None:
+                continue
+            if result.graph.suffix == ".onnx":
+                runs |= _runs(stack, iter([(peer, "onnxruntime", result.graph.read_bytes())]), images[:1])
+            elif BACKENDS["openvino"].absence() is None:
+                runs |= {f"{peer} in OpenVINO, {rest}": run for rest, run in _in_openvino(result.graph, images[:1])}
+    return runs
 
 
-def _by_nncf(model: ir.Model, images: Batch) -> Runs:
-    """As NNCF's documentation has it; the rest in FP32 and, where the processor has it, in BF16, OpenVINO's default."""
-    if importlib.util.find_spec("nncf") is None or BACKENDS["openvino"].absence() is not None:
-        return {}
-    import nncf
+def _in_openvino(graph: Path, image: Batch) -> Iterator[tuple[str, Callable[[], object]]]:
     import openvino
 
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "folded.onnx"
-        source.write_bytes(serialized(model))
-        read = openvino.convert_model(source, input=[1, *SHAPE])
-        dataset = nncf.Dataset(images, lambda image: image[None])
-        quantized: Any = nncf.quantize(read, dataset, subset_size=len(images))
-    runs: Runs = {}
+    read = openvino.Core().read_model(graph)
+    read.reshape(image.shape)
     for rest in ("f32", "bf16"):
         if rest == "f32" or BACKENDS["openvino"].unsupported("bf16", None) is None:
             settings = {
@@ -123,9 +118,8 @@ def _by_nncf(model: ir.Model, images: Batch) -> Runs:
                 "INFERENCE_NUM_THREADS": THREADS,
                 "INFERENCE_PRECISION_HINT": rest,
             }
-            request = openvino.Core().compile_model(quantized, "CPU", settings).create_infer_request()
-            runs[f"NNCF in OpenVINO, the rest in {rest}"] = partial(request.infer, [images[:1]])
-    return runs
+            request = openvino.Core().compile_model(read, "CPU", settings).create_infer_request()
+            yield f"the rest in {rest}", partial(request.infer, [image])
 
 
 def _runs(stack: ExitStack, engines: Iterator[tuple[str, str, bytes]], image: Batch) -> Runs:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from figures import Figure, sample_folder
 from numpy.typing import NDArray
-from peers import PEERS, peer_result
+from peers import ACCURATE, peer_result
 from quantizers import calibrated, climbed, folded_model, quantize_ourselves, serialized
 
 from edgewright.calibration.collect import LARGEST_BATCH
@@ -134,10 +134,10 @@ def _accuracy(
         seconds = time.perf_counter() - began
         answers["ours"].add(expected, _logits(serialized(climb.quantized.model), judged), seconds)
         print(f"  split {seed}: {climb.words}", flush=True)
-        for peer in PEERS:
+        for peer in ACCURATE:
             with tempfile.TemporaryDirectory() as scratch:
-                result = peer_result(peer, graph, chosen, judged, Path(scratch))
-            if result is not None:
+                result = peer_result(peer, graph, chosen, Path(scratch), judged)
+            if result is not None and result.logits is not None:
                 answers[peer].add(expected, result.logits, result.seconds)
     rows = np.concatenate(judged_in)
     best = max((float(np.mean(peer.sqnr_db)) for name, peer in answers.items() if name != "ours"), default=None)

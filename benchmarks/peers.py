@@ -21,40 +21,46 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PEERS", "PeerResult", "peer_result"]
+__all__ = ["ACCURATE", "ON_CPU", "ON_TENSORRT", "PEERS", "PeerResult", "peer_result"]
 
 Batch = NDArray[np.float32]
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 16
 INPUT = "images"
+NOT_INSTALLED = 3
 
 
 @dataclass(frozen=True)
 class PeerResult:
-    """Seconds of quantizing, the logits `[N, classes]` of what came out, and `graph`, its ONNX or OpenVINO file."""
+    """Seconds of quantizing, `graph`, the ONNX or OpenVINO file that came out, and its logits `[N, classes]`."""
 
     seconds: float
-    logits: Batch
     graph: Path
+    logits: Batch | None
 
 
-def peer_result(name: str, graph: bytes, calibration: Batch, judged: Batch, folder: Path) -> PeerResult | None:
-    """What `name`, one of `PEERS`, makes of an FP32 `graph`; None where it is not installed. Files go into `folder`.
+def peer_result(
+    name: str, graph: bytes, calibration: Batch, folder: Path, judged: Batch | None = None
+) -> PeerResult | None:
+    """What `name`, one of `PEERS`, makes of an FP32 `graph`, with the logits of the `judged` images if there are any.
 
-    Raises `RuntimeError` with its last words if it fails.
+    None where it is not installed. All files go into `folder`. Raises `RuntimeError` with its last words if it fails.
     """
     (folder / "source.onnx").write_bytes(graph)
     np.save(folder / "calibration.npy", calibration)
-    np.save(folder / "judged.npy", judged)
+    if judged is not None:
+        np.save(folder / "judged.npy", judged)
     command = [_python(), str(Path(__file__).resolve()), name, str(folder)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode == 3:
+    if run.returncode == NOT_INSTALLED:
+        print(f"  {name} is not installed: not compared")
         return None
     if run.returncode:
         raise RuntimeError(f"{name} failed: {run.stderr[-600:]}")
     facts = json.loads((folder / "facts.json").read_text())
-    return PeerResult(facts["seconds"], np.load(folder / "logits.npy"), folder / facts["graph"])
+    logits = None if judged is None else np.load(folder / "logits.npy")
+    return PeerResult(facts["seconds"], folder / facts["graph"], logits)
 
 
 def _python() -> str:
@@ -73,23 +79,34 @@ def _by_nncf(source: Path, images: Batch, folder: Path) -> Path:
     return folder / "nncf.xml"
 
 
-def _by_modelopt(source: Path, images: Batch, folder: Path) -> Path:
-    from modelopt.onnx.quantization import quantize
-
-    target = folder / "modelopt.onnx"
-    quantize(
-        str(source),
-        calibration_data={INPUT: images},
-        output_path=str(target),
-        calibration_method="entropy",
-        high_precision_dtype="fp32",  # onnxruntime runs no FP16 on a CPU
-    )
-    return target
-
-
-def _by_onnxruntime(**setting: Any) -> Callable[[Path, Batch, Path], Path]:
+def _by_modelopt(**setting: Any) -> Callable[[Path, Batch, Path], Path]:
     def quantizer(source: Path, images: Batch, folder: Path) -> Path:
-        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from modelopt.onnx.quantization import quantize
+
+        target = folder / "modelopt.onnx"
+        quantize(
+            str(source),
+            calibration_data={INPUT: images},
+            output_path=str(target),
+            calibration_method="entropy",
+            **setting,
+        )
+        return target
+
+    return quantizer
+
+
+def _by_onnxruntime(
+    method: str, *, activations: str = "QUInt8", **extra_options: bool
+) -> Callable[[Path, Batch, Path], Path]:
+    def quantizer(source: Path, images: Batch, folder: Path) -> Path:
+        from onnxruntime.quantization import (
+            CalibrationDataReader,
+            CalibrationMethod,
+            QuantFormat,
+            QuantType,
+            quantize_static,
+        )
 
         class Reader(CalibrationDataReader):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -106,28 +123,34 @@ def _by_onnxruntime(**setting: Any) -> Callable[[Path, Batch, Path], Path]:
             Reader(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
-            activation_type=QuantType.QUInt8,
+            activation_type=QuantType[activations],
             weight_type=QuantType.QInt8,
-            **{key: _method(value) for key, value in setting.items()},
+            calibrate_method=CalibrationMethod[method],
+            extra_options=extra_options,
         )
         return target
 
     return quantizer
 
 
-def _method(name: str) -> Any:
-    from onnxruntime.quantization import CalibrationMethod
-
-    return CalibrationMethod[name]
-
-
+NNCF, MODELOPT, ONNXRUNTIME = "nncf", "modelopt.onnx.quantization", "onnxruntime.quantization"
 PEERS: dict[str, tuple[str, Callable[[Path, Batch, Path], Path]]] = {
-    "NNCF": ("nncf", _by_nncf),
-    "ModelOpt": ("modelopt.onnx.quantization", _by_modelopt),
-    "onnxruntime min-max": ("onnxruntime.quantization", _by_onnxruntime(calibrate_method="MinMax")),
-    "onnxruntime percentile": ("onnxruntime.quantization", _by_onnxruntime(calibrate_method="Percentile")),
+    "NNCF": (NNCF, _by_nncf),
+    "ModelOpt": (MODELOPT, _by_modelopt(high_precision_dtype="fp32")),  # onnxruntime runs no FP16 on a CPU
+    "ModelOpt for TensorRT": (MODELOPT, _by_modelopt()),
+    "onnxruntime min-max": (ONNXRUNTIME, _by_onnxruntime("MinMax")),
+    "onnxruntime entropy": (ONNXRUNTIME, _by_onnxruntime("Entropy")),
+    "onnxruntime percentile": (ONNXRUNTIME, _by_onnxruntime("Percentile")),
+    "onnxruntime S8 min-max": (ONNXRUNTIME, _by_onnxruntime("MinMax", activations="QInt8", ActivationSymmetric=True)),
+    "onnxruntime for TensorRT": (
+        ONNXRUNTIME,  # TensorRT refuses an int32 bias
+        _by_onnxruntime("MinMax", activations="QInt8", ActivationSymmetric=True, QuantizeBias=False),
+    ),
 }
 """By name: the module that has to be there, and what writes the quantized graph."""
+ACCURATE = ("NNCF", "ModelOpt", "onnxruntime min-max", "onnxruntime percentile")
+ON_CPU = ("NNCF", "onnxruntime min-max")
+ON_TENSORRT = ("ModelOpt for TensorRT", "onnxruntime for TensorRT")
 
 
 def _logits(graph: Path, images: Batch) -> Batch:
@@ -145,14 +168,14 @@ def _logits(graph: Path, images: Batch) -> Batch:
 
 
 def main(name: str, folder: Path) -> int:
-    """In the peer's own process; 3 if it is not installed."""
+    """In the peer's own process; `NOT_INSTALLED` if it is not."""
     import importlib
 
     module, quantizer = PEERS[name]
     try:
         importlib.import_module(module)  # loading a library is not part of the work
     except ImportError:
-        return 3
+        return NOT_INSTALLED
     images = np.load(folder / "calibration.npy")
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -160,7 +183,8 @@ def main(name: str, folder: Path) -> int:
         graph = quantizer(folder / "source.onnx", images, folder)
         os.chdir(folder)
     seconds = time.perf_counter() - began
-    np.save(folder / "logits.npy", _logits(graph, np.load(folder / "judged.npy")).astype(np.float32))
+    if (folder / "judged.npy").exists():
+        np.save(folder / "logits.npy", _logits(graph, np.load(folder / "judged.npy")).astype(np.float32))
     (folder / "facts.json").write_text(json.dumps({"seconds": seconds, "graph": graph.name}))
     return 0
 

@@ -1,22 +1,11 @@
-"""Ours and, on the same graph and images, onnxruntime's own static quantizer as its documentation recommends it."""
+"""The graphs that the benchmarks quantize, and our own quantizers; others' are in `peers.py`."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    CalibrationMethod,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
 
 from edgewright.calibration.collect import LARGEST_BATCH, CalibrationTable, collect
 from edgewright.export.resolve import resolve
@@ -26,38 +15,17 @@ from edgewright.optimize.dialects import quantized_graph
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
 
 __all__ = [
-    "FOR_TENSORRT",
-    "SETTINGS",
     "calibrated",
     "climbed",
     "folded_model",
     "folded_resnet50",
     "quantize_ourselves",
-    "quantize_with_modelopt",
-    "quantize_with_onnxruntime",
     "serialized",
 ]
 
 Batch = NDArray[np.float32]
 
 DEFAULT_AIM = Aim()
-PEER_BATCH = 32
-
-SETTINGS: dict[str, dict[str, Any]] = {
-    "U8 min-max": {"activation_type": QuantType.QUInt8, "calibrate_method": CalibrationMethod.MinMax},
-    "U8 entropy": {"activation_type": QuantType.QUInt8, "calibrate_method": CalibrationMethod.Entropy},
-    "U8 percentile": {"activation_type": QuantType.QUInt8, "calibrate_method": CalibrationMethod.Percentile},
-    "S8 min-max": {
-        "activation_type": QuantType.QInt8,
-        "calibrate_method": CalibrationMethod.MinMax,
-        "extra_options": {"ActivationSymmetric": True},
-    },
-}
-FOR_TENSORRT: dict[str, Any] = {
-    "activation_type": QuantType.QInt8,
-    "calibrate_method": CalibrationMethod.MinMax,
-    "extra_options": {"ActivationSymmetric": True, "QuantizeBias": False},  # TensorRT refuses an int32 bias
-}
 
 
 def folded_model(name: str) -> ir.Model:
@@ -108,36 +76,3 @@ def serialized(model: ir.Model) -> bytes:
     """The ONNX file's content."""
     content: bytes = ir.to_proto(model).SerializeToString()
     return content
-
-
-def quantize_with_modelopt(source: Path, target: Path, images: Batch) -> None:
-    """Writes the Q/DQ graph that NVIDIA's Model Optimizer makes of `source`; it has to be installed."""
-    from modelopt.onnx.quantization import quantize
-
-    quantize(str(source), calibration_data={"images": images}, output_path=str(target), calibration_method="entropy")
-
-
-class _Reader(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, images: Batch) -> None:
-        self._batches: Iterator[Batch] = (
-            images[start : start + PEER_BATCH] for start in range(0, len(images), PEER_BATCH)
-        )
-
-    def get_next(self) -> dict[str, Batch] | None:
-        batch = next(self._batches, None)
-        return None if batch is None else {"images": batch}
-
-
-def quantize_with_onnxruntime(
-    source: Path, target: Path, images: Batch, setting: dict[str, Any] = SETTINGS["U8 min-max"]
-) -> None:
-    """Writes the Q/DQ graph with per-channel weights that onnxruntime makes of `source`."""
-    quantize_static(
-        str(source),
-        str(target),
-        _Reader(images),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        **setting,
-    )

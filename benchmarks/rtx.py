@@ -7,11 +7,9 @@ noise, since a listing does not depend on the values.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,8 @@ import onnx_ir as ir
 from figures import Figure
 from networks import NETWORKS, noise
 from numpy.typing import NDArray
-from quantizers import FOR_TENSORRT, calibrated, quantize_with_modelopt, quantize_with_onnxruntime, serialized
+from peers import ON_TENSORRT, peer_result
+from quantizers import calibrated, serialized
 
 from edgewright.optimize.dialects import Quantizer, half_graph
 from edgewright.optimize.placement_rtx import ListedPlacement, placed_by_listing
@@ -36,10 +35,6 @@ LITE0_KERNELS, LITE0_MEGABYTES_READ = 52, 24.5
 """What FP16 needed when it was first built."""
 
 Batch = NDArray[np.float32]
-PEERS: tuple[tuple[str, str, Callable[[Path, Path, Batch], None]], ...] = (
-    ("onnxruntime", "onnxruntime.quantization", functools.partial(quantize_with_onnxruntime, setting=FOR_TENSORRT)),
-    ("ModelOpt", "modelopt.onnx.quantization", quantize_with_modelopt),
-)
 
 
 def measure() -> Iterator[Figure]:
@@ -96,17 +91,12 @@ def _lite0_in_half(half: Traffic) -> Iterator[Figure]:
 
 
 def _beside_peers(name: str, graph: bytes, images: Batch, ours: Traffic) -> Iterator[Figure]:
-    for peer, module, quantizer in PEERS:
-        try:
-            importlib.import_module(module)
-        except ImportError:
-            print(f"  {peer} is not installed: not compared")
-            continue
+    for peer in ON_TENSORRT:
         with tempfile.TemporaryDirectory() as folder:
-            source, target = Path(folder) / "folded.onnx", Path(folder) / "int8.onnx"
-            source.write_bytes(graph)
-            quantizer(source, target, images)
-            theirs = _traffic(target.read_bytes())
+            result = peer_result(peer, graph, images, Path(folder))
+            if result is None:
+                continue
+            theirs = _traffic(result.graph.read_bytes())
         note = f"{in_words(ours)}, {peer} {in_words(theirs)}"
         yield Figure(f"RTX {COMPARED}, {name}: INT8 kernels", ours.kernels, "", bound=theirs.kernels - 1, note=note)
         share = ours.bytes_moved / theirs.bytes_moved

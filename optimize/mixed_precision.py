@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgewright.optimize.dialects import Quantizer
-from edgewright.optimize.expected_loss import expected_loss
+from edgewright.optimize.expected_flips import ExpectedFlips, expected_flips
 from edgewright.optimize.plan import NOTHING_LEFT_OUT
 from edgewright.optimize.segments import logits_of
 from edgewright.optimize.sensitivity import LayerSensitivity, noise_power
@@ -48,13 +48,13 @@ class MixedPoint:
 
     * float_layers: left in float beyond those that were left out before, in the graph's order
     * int8_share: of the multiply-accumulates of all convolutions and matrix products, those in INT8, 0 … 1
-    * parity: beside the FP32 network, without labels; expected_loss: a fraction, see `expected_loss`
+    * parity: beside the FP32 network, without labels; expected: what its errors do to the top-1
     """
 
     float_layers: tuple[str, ...]
     int8_share: float
     parity: Parity
-    expected_loss: float
+    expected: ExpectedFlips
     latency: Latency | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -65,7 +65,8 @@ class MixedPoint:
             "images": self.parity.images,
             "agreement": self.parity.agreement,
             "sqnr_db": self.parity.sqnr_db,
-            "expected_loss": self.expected_loss,
+            "expected_flips": self.expected.share,
+            "expected_loss": self.expected.loss,
             "latency": None if self.latency is None else asdict(self.latency),
         }
 
@@ -126,7 +127,7 @@ def smallest_float_set(
     trials.at_most = 2 * (len(order).bit_length() + 1)
     count = _smallest_prefix(len(order), lambda first: meets(trials.point(order[:first])))
     if count is None:
-        chosen = min(trials.points, key=lambda point: (point.expected_loss, -point.int8_share))
+        chosen = min(trials.points, key=lambda point: (point.expected.loss, -point.int8_share))
     else:
         trials.at_most = len(trials.points) + count
         dearest_first = sorted(ranked[:count], key=lambda layer: -cost(layer))
@@ -182,7 +183,7 @@ class _Trials:
             float_layers=tuple(name for name in self._quantizer.layers if name in names),
             int8_share=_int8_share(self._quantizer, left_out),
             parity=compare(self._reference, logits, None, source="simulation"),
-            expected_loss=expected_loss(self._reference, logits),
+            expected=expected_flips(self._reference, logits),
         )
 
 

@@ -19,6 +19,7 @@ from edgewright.calibration.calib_cache import METHOD, CalibCache
 from edgewright.calibration.collect import CalibrationTable, collect
 from edgewright.ladder import Aim, CalibrationImages, Climb, Fidelity, Ladder
 from edgewright.optimize.dialects import Quantizer
+from edgewright.optimize.expected_flips import ExpectedFlips
 from edgewright.optimize.mixed_precision import MixedPlan, MixedPoint
 from edgewright.optimize.plan import NOTHING_LEFT_OUT
 from edgewright.optimize.repairs import Repairs
@@ -34,6 +35,7 @@ from textual_graphs import graph, normal
 Array = NDArray[Any]
 
 CLASSES = 6
+NO_FLIPS = ExpectedFlips(0.0, 0.0)
 PLAIN = Aim(method="minmax", threads=1)
 
 
@@ -196,7 +198,7 @@ def test_a_candidate_that_is_not_a_number_loses(monkeypatch: pytest.MonkeyPatch)
     assert taken(climb) == ["ranges", "better"]
     broken = climb.rungs[1]
     assert (broken.choosing.sqnr_db, broken.choosing.agreement) == (ladder.LOST_DB, 0.0)
-    assert 0 < broken.choosing.expected_loss <= 1
+    assert 0 < broken.choosing.expected.loss <= 1
     json.dumps(climb.to_json(), allow_nan=False)
     assert rungs.given["better"] is rungs.given["nan"]
 
@@ -215,7 +217,7 @@ def test_without_rescue_the_ranges_have_to_do(monkeypatch: pytest.MonkeyPatch) -
 
 def plan_that_leaves_out_the_head() -> MixedPlan:
     parity = compare(REFERENCE["choosing"], REFERENCE["choosing"], None)
-    before, chosen = MixedPoint((), 1.0, parity, 0.0), MixedPoint(("head",), 0.0, parity, 0.0)
+    before, chosen = MixedPoint((), 1.0, parity, NO_FLIPS), MixedPoint(("head",), 0.0, parity, NO_FLIPS)
     return MixedPlan({"head": "sensitive"}, True, before, chosen, (before, chosen))
 
 
@@ -240,13 +242,13 @@ def test_mixed_precision_that_does_worse_on_the_held_back_images_is_not_taken(mo
 
 
 @pytest.mark.parametrize(
-    ("loss", "agreement", "met"),
-    [(0.0, 1.0, True), (0.0025, 0.98, True), (0.0026, 1.0, False), (0.0, 0.979, False)],
+    ("loss", "flips", "met"),
+    [(0.0, 0.0, True), (0.0025, 0.02, True), (0.0026, 0.02, False), (0.0, 0.021, False)],
 )
-def test_the_aim_is_part_of_the_budget(loss: float, agreement: float, met: bool) -> None:
+def test_the_aim_is_part_of_the_budget(loss: float, flips: float, met: bool) -> None:
     """Of a point: a quarter of it may be expected to be lost, twice as many images answered otherwise."""
     climber = Ladder(linear(), measured(), IMAGES, replace(PLAIN, budget=0.01))
-    assert climber.meets(Fidelity(agreement, 10.0, loss)) is met
+    assert climber.meets(Fidelity(1.0, 10.0, ExpectedFlips(flips, loss))) is met
 
 
 def test_progress_says_which_rung() -> None:

@@ -27,7 +27,7 @@ from edgewright.calibration.division import held_back
 from edgewright.calibration.ranges import AUTO
 from edgewright.frontier import with_latencies
 from edgewright.optimize.dialects import CPU, Quantized, Quantizer
-from edgewright.optimize.expected_loss import expected_loss
+from edgewright.optimize.expected_flips import ExpectedFlips, expected_flips
 from edgewright.optimize.mixed_precision import MixedPlan, MixedPoint, smallest_float_set
 from edgewright.optimize.plan import NOTHING_LEFT_OUT
 from edgewright.optimize.segments import logits_of
@@ -54,7 +54,7 @@ SHARE_OF_BUDGET = 0.25
 """What of the budget may be expected to be lost on calibration images. These are mostly training images, on which a
 network is surer of itself, and the verdict is one of the upper bound of an interval.
 """
-DISAGREEMENT_OF_BUDGET = 2.0
+FLIPS_OF_BUDGET = 2.0
 """As many times the budget may be answered otherwise than FP32 does: most of such answers are as good as the others."""
 LEAST_INT8 = 0.1
 """Of the work that could be INT8: with less of it, INT8 is not worth its name, and the budget counts as missed."""
@@ -93,23 +93,23 @@ class Fidelity:
     """How closely a quantized graph follows FP32 on the same images.
 
     * agreement: share of images with the same top-1; sqnr_db: of the logits
-    * expected_loss: of top-1, a fraction; see `optimize/expected_loss.py`
+    * expected: what the errors of the logits do to the top-1
     """
 
     agreement: float
     sqnr_db: float
-    expected_loss: float
+    expected: ExpectedFlips
 
     @classmethod
     def of(cls, reference: Batch, logits: Batch) -> Fidelity:
         """Of `logits` beside the `reference`'s, both `[N, classes]`."""
         parity = compare(reference, logits, None)
-        return cls(parity.agreement, _decibels(parity), expected_loss(reference, logits))
+        return cls(parity.agreement, _decibels(parity), expected_flips(reference, logits))
 
     @classmethod
     def of_point(cls, point: MixedPoint) -> Fidelity:
         """Of a candidate that mixed precision has run."""
-        return cls(point.parity.agreement, _decibels(point.parity), point.expected_loss)
+        return cls(point.parity.agreement, _decibels(point.parity), point.expected)
 
     @property
     def words(self) -> str:
@@ -304,8 +304,7 @@ class Ladder:
         """Whether no more is needed."""
         budget = self._aim.budget
         return (
-            fidelity.expected_loss <= SHARE_OF_BUDGET * budget
-            and fidelity.agreement >= 1 - DISAGREEMENT_OF_BUDGET * budget
+            fidelity.expected.loss <= SHARE_OF_BUDGET * budget and fidelity.expected.share <= FLIPS_OF_BUDGET * budget
         )
 
     def _mixed(self, quantizer: Quantizer, placed: Mapping[str, str]) -> MixedPlan:

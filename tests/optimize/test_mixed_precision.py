@@ -113,7 +113,7 @@ def test_cheap_layers_go_first_and_what_a_dear_one_makes_needless_is_taken_back(
 def test_a_target_that_nothing_meets_keeps_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = searched(monkeypatch, NOISES, EQUAL_WORK, lambda point: False)
     assert not plan.met
-    assert plan.chosen.expected_loss == min(point.expected_loss for point in plan.frontier)
+    assert plan.chosen.expected.loss == min(point.expected.loss for point in plan.frontier)
     assert plan.chosen.float_layers == tuple(NOISES)
     assert set(plan.left_out) == set(NOISES)
 
@@ -204,7 +204,8 @@ def test_json_of_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
         "images": 200,
         "agreement": plan.chosen.parity.agreement,
         "sqnr_db": plan.chosen.parity.sqnr_db,
-        "expected_loss": plan.chosen.expected_loss,
+        "expected_flips": plan.chosen.expected.share,
+        "expected_loss": plan.chosen.expected.loss,
         "latency": {"value": 2.5, "unit": "ms", "kind": "measured"},
     }
     assert content["before"]["latency"] is None

@@ -113,17 +113,20 @@ def test_warm_up_of_a_slow_candidate_stops_with_the_budget_but_runs_once() -> No
 # --- interleaving ------------------------------------------------------------------------------------------------
 
 
-def rounds_of(clock: FakeClock, candidates: int, rounds: int) -> list[tuple[str, ...]]:
-    log = clock.log[-candidates * rounds :]
-    return [tuple(log[start : start + candidates]) for start in range(0, len(log), candidates)]
+def rounds_of(clock: FakeClock, candidates: int, rounds: int, runs: int) -> list[tuple[str, ...]]:
+    """The order of the turns in each round; a turn has `runs`, all of one candidate."""
+    log = clock.log[-candidates * rounds * runs :]
+    turns = [log[start : start + runs] for start in range(0, len(log), runs)]
+    assert all(len(set(turn)) == 1 for turn in turns)
+    return [tuple(turn[0] for turn in turns[start : start + candidates]) for start in range(0, len(turns), candidates)]
 
 
 @pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
-def test_every_round_runs_each_once_in_an_order_that_changes(names: str) -> None:
+def test_every_round_has_a_turn_of_each_in_an_order_that_changes(names: str) -> None:
     clock, rounds = FakeClock(), 4 * len(names)
     runs = {name: clock.takes(name, 1) for name in names}
     interleaved_samples(runs, budget_seconds=0, min_runs=rounds, max_runs=rounds, clock=clock)
-    found = rounds_of(clock, len(names), rounds)
+    found = rounds_of(clock, len(names), rounds, runs=3)
     assert all(sorted(order) == sorted(names) for order in found)
     for place in range(len(names)):
         at_place = [order[place] for order in found]
@@ -140,6 +143,42 @@ def test_samples_are_each_candidates_own_times_in_milliseconds() -> None:
     assert found["b"].tolist() == [7.0] * 9
 
 
+@pytest.mark.parametrize("milliseconds", [0.1, 2.9, 3.0, 500.0])
+def test_only_the_last_run_of_a_turn_counts(milliseconds: float) -> None:
+    """The first runs behind another engine are slower; a fake that takes ten times as long there."""
+    clock, last = FakeClock(), [""]
+
+    def candidate(name: str) -> Callable[[], None]:
+        cold, warm = clock.takes(name, 10 * milliseconds), clock.takes(name, milliseconds)
+
+        def run() -> None:
+            (warm if last[0] == name else cold)()
+            last[0] = name
+
+        return run
+
+    found = interleaved_samples(
+        {name: candidate(name) for name in "ab"}, budget_seconds=0, min_runs=6, max_runs=6, clock=clock
+    )
+    assert found["a"].tolist() == found["b"].tolist() == pytest.approx([milliseconds] * 6)
+
+
+@pytest.mark.parametrize(("milliseconds", "runs"), [(0.1, 3), (1.4, 3), (2.9, 3), (3.0, 2), (500.0, 2)])
+def test_a_slow_candidate_runs_once_before_it_is_timed(milliseconds: float, runs: int) -> None:
+    clock = FakeClock()
+    interleaved_samples(
+        {name: clock.takes(name, milliseconds) for name in "ab"}, budget_seconds=0, min_runs=6, max_runs=6, clock=clock
+    )
+    rounds_of(clock, 2, 6, runs)
+    assert len(clock.log) == 2 * (1 + 6 * runs)
+
+
+def test_a_candidate_alone_only_runs_to_be_timed() -> None:
+    clock = FakeClock()
+    interleaved_samples({"a": clock.takes("a", 1)}, budget_seconds=0, min_runs=5, max_runs=5, clock=clock)
+    assert len(clock.log) == 1 + 5
+
+
 def test_warm_up_is_not_among_the_samples() -> None:
     clock = FakeClock()
     runs = {"a": clock.takes("a", 900, *([3.0] * 100))}
@@ -151,12 +190,12 @@ def test_slow_candidates_share_the_time_to_warm_up() -> None:
     clock = FakeClock()
     runs = {"a": clock.takes("a", 1_000), "b": clock.takes("b", 1_000)}
     interleaved_samples(runs, budget_seconds=8, min_runs=1, max_runs=1, clock=clock)
-    assert clock.log[:-2] == ["a", "a", "b", "b"]  # half of 8 s for both together
+    assert clock.log[:-4] == ["a", "a", "b", "b"]  # half of 8 s for both together
 
 
 @pytest.mark.parametrize(
     ("budget_seconds", "expected"),
-    [(0.0, 4), (0.5, 50), (100.0, 80)],  # the least, what fits in (10 ms a round), the most
+    [(0.0, 4), (0.5, 25), (100.0, 80)],  # the least, what fits in (20 ms a round), the most
 )
 def test_rounds_are_limited_by_time_and_number(budget_seconds: float, expected: int) -> None:
     clock = FakeClock()
