@@ -68,15 +68,19 @@ def _python() -> str:
     return os.environ.get("EDGEWRIGHT_PEERS") or (str(own) if own.exists() else sys.executable)
 
 
-def _by_nncf(source: Path, images: Batch, folder: Path) -> Path:
-    import nncf
-    import openvino
+def _by_nncf(preset: str) -> Callable[[Path, Batch, Path], Path]:
+    def quantizer(source: Path, images: Batch, folder: Path) -> Path:
+        import nncf
+        import openvino
 
-    dataset = nncf.Dataset(images, lambda image: image[None])
-    mixed = nncf.QuantizationPreset.MIXED  # asymmetric activations: what OpenVINO's processors are fastest with
-    quantized = nncf.quantize(openvino.convert_model(source), dataset, subset_size=len(images), preset=mixed)
-    openvino.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
-    return folder / "nncf.xml"
+        dataset = nncf.Dataset(images, lambda image: image[None])
+        quantized = nncf.quantize(
+            openvino.convert_model(source), dataset, subset_size=len(images), preset=nncf.QuantizationPreset[preset]
+        )
+        openvino.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
+        return folder / "nncf.xml"
+
+    return quantizer
 
 
 def _by_modelopt(**setting: Any) -> Callable[[Path, Batch, Path], Path]:
@@ -135,7 +139,8 @@ def _by_onnxruntime(
 
 NNCF, MODELOPT, ONNXRUNTIME = "nncf", "modelopt.onnx.quantization", "onnxruntime.quantization"
 PEERS: dict[str, tuple[str, Callable[[Path, Batch, Path], Path]]] = {
-    "NNCF": (NNCF, _by_nncf),
+    "NNCF": (NNCF, _by_nncf("PERFORMANCE")),  # its default
+    "NNCF mixed": (NNCF, _by_nncf("MIXED")),  # asymmetric activations: what it advises behind other than ReLU
     "ModelOpt": (MODELOPT, _by_modelopt(high_precision_dtype="fp32")),  # onnxruntime runs no FP16 on a CPU
     "ModelOpt for TensorRT": (MODELOPT, _by_modelopt()),
     "onnxruntime min-max": (ONNXRUNTIME, _by_onnxruntime("MinMax")),
@@ -148,8 +153,8 @@ PEERS: dict[str, tuple[str, Callable[[Path, Batch, Path], Path]]] = {
     ),
 }
 """By name: the module that has to be there, and what writes the quantized graph."""
-ACCURATE = ("NNCF", "ModelOpt", "onnxruntime min-max", "onnxruntime percentile")
-ON_CPU = ("NNCF", "onnxruntime min-max")
+ACCURATE = ("NNCF", "NNCF mixed", "ModelOpt", "onnxruntime min-max", "onnxruntime percentile")
+ON_CPU = ("NNCF", "NNCF mixed", "onnxruntime min-max")
 ON_TENSORRT = ("ModelOpt for TensorRT", "onnxruntime for TensorRT")
 
 

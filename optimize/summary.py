@@ -24,12 +24,11 @@ import onnx_ir as ir
 from edgewright.optimize.one_image import for_one_image, image_inputs
 from edgewright.optimize.receptive_field import Reach, Window, receptive_fields, window_of
 from edgewright.optimize.stages import Placed, grouped_by_stage, module_of
-from edgewright.optimize.work import macs
+from edgewright.optimize.work import LAYER_OPERATORS, macs
 from edgewright.runtime.errors import ModelError
 
 __all__ = ["Cost", "Layer", "Stage", "Summary", "summary", "total"]
 
-COMPUTING = ("Conv", "ConvTranspose", "Gemm", "MatMul", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger")
 LEARNED_INPUTS = {
     "Conv": (1, 2), "ConvTranspose": (1, 2), "ConvInteger": (1,), "QLinearConv": (3, 8),
     "Gemm": (0, 1, 2), "MatMul": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3), "Einsum": (0, 1),
@@ -100,7 +99,7 @@ class Layer:
     @property
     def computes(self) -> bool:
         """Whether it is a convolution or a matrix product."""
-        return self.operator in COMPUTING
+        return self.operator in LAYER_OPERATORS
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def summary(model: ir.Model, input_shape: Sequence[int] | None = None) -> Summar
     graph = copy.graph
     fields = receptive_fields(graph)
     nodes = [node for node in graph if node.op_type not in MARKS and any(output in fields for output in node.outputs)]
-    if not any(node.op_type in (*COMPUTING, *UNCOUNTED) or node.domain not in ("", "ai.onnx") for node in nodes):
+    if not any(node.op_type in (*LAYER_OPERATORS, *UNCOUNTED) or node.domain not in ("", "ai.onnx") for node in nodes):
         raise ModelError(
             "the graph has no convolution and no matrix product that depends on its input",
             "give the ONNX file of a network",
@@ -190,7 +189,7 @@ def _cost(node: ir.Node, fields: Mapping[ir.Value, Reach | None], counted: set[i
     learned = [_stored(value) for value in _learned(node, fields)]
     fresh = [value for value in dict.fromkeys(learned) if value not in counted]
     counted.update(fresh)
-    computes = node.op_type in COMPUTING and complete
+    computes = node.op_type in LAYER_OPERATORS and complete
     reads, writes = ([], []) if node.op_type in VIEWS else (_reads(node, fields), node.outputs)
     return Cost(
         parameters=sum(_elements(value) for value in fresh),
@@ -271,7 +270,7 @@ def _placed(node: ir.Node, fields: Mapping[ir.Value, Reach | None]) -> Placed:
     else:
         plane = math.prod(sides[2:])  # as if it were NCHW
     return Placed(
-        module_of(_name(node)), max(plane, 1), _output(node), node.op_type in COMPUTING, node.op_type in POOLS
+        module_of(_name(node)), max(plane, 1), _output(node), node.op_type in LAYER_OPERATORS, node.op_type in POOLS
     )
 
 

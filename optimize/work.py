@@ -10,7 +10,11 @@ import onnx_ir as ir
 from edgewright.optimize.plan import COMPUTE_OPERATORS
 from edgewright.runtime.specs import PlannedLayer
 
-__all__ = ["macs", "planned_layers", "precision_of"]
+__all__ = ["LAYER_OPERATORS", "macs", "planned_layers", "precision_of"]
+
+INTEGER_OPERATORS = ("QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "QGemm")
+"""What multiplies integers without any DequantizeLinear; QGemm is onnxruntime's."""
+LAYER_OPERATORS = (*COMPUTE_OPERATORS, *INTEGER_OPERATORS)
 
 PRECISION_OF_DTYPE = {
     ir.DataType.FLOAT: "fp32",
@@ -26,12 +30,14 @@ def planned_layers(model: ir.Model) -> tuple[PlannedLayer, ...]:
     return tuple(
         PlannedLayer(str(node.name), node.op_type, precision_of(node), macs(node), tuple(_aliases(node)))
         for node in model.graph
-        if node.op_type in COMPUTE_OPERATORS
+        if node.op_type in LAYER_OPERATORS
     )
 
 
 def precision_of(node: ir.Node) -> str:
-    """What a convolution or matrix product is to run in: "int8" if it multiplies dequantized integers."""
+    """What a convolution or matrix product is to run in: "int8" if it multiplies integers, dequantized or not."""
+    if node.op_type in INTEGER_OPERATORS:
+        return "int8"
     operands = node.inputs[:2]
     producers = [value.producer() if value is not None else None for value in operands]
     if all(producer is not None and producer.op_type == "DequantizeLinear" for producer in producers):

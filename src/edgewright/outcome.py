@@ -55,12 +55,17 @@ class TargetChoice:
 
 @dataclass(frozen=True)
 class Reference:
-    """The PyTorch model on the evaluation images; top1 and top5 are fractions, None without labels."""
+    """The source on the evaluation images.
+
+    * top1, top5: fractions, None without labels
+    * source: "PyTorch", or "ONNX file" for one that a person gave
+    """
 
     top1: float | None
     top5: float | None
     images: int
     labelled: bool
+    source: str = "PyTorch"
 
 
 @dataclass(frozen=True)

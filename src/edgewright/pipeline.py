@@ -99,7 +99,9 @@ class Pipeline:
             verdict=verdict,
             recommended=recommended,
             stages=tuple(self.context.runs),
-            reference=Reference(own.top1, own.top5, own.images, own.labelled),
+            reference=Reference(
+                own.top1, own.top5, own.images, own.labelled, "PyTorch" if source.onnx is None else "ONNX file"
+            ),
             rows=rows,
             targets=target_choices(rows),
             notes=tuple(self._notes()),

@@ -172,7 +172,7 @@ def audit_line(info: EngineInfo) -> str:
 
 
 def engine_table(outcome: Outcome) -> Table:
-    """A row for the PyTorch reference and one per engine; fits 80 columns."""
+    """A row for the reference and one per engine; fits 80 columns."""
     from rich.table import Table
 
     reference = outcome.reference
@@ -189,7 +189,7 @@ def engine_table(outcome: Outcome) -> Table:
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("status", no_wrap=True)
-    table.add_row("PyTorch", "fp32", "", _percent(reference.top1), "", "", "reference")
+    table.add_row(reference.source, "fp32", "", _percent(reference.top1), "", "", "reference")
     for row in outcome.rows:
         name = f"{row.backend} {row.target}" if row.target else row.backend
         table.add_row(name, _type(row), _size(row), _accuracy(row), _loss(row), _latency(row), row.status)

@@ -163,8 +163,9 @@ def test_integer_convolutions(body: str) -> None:
     result = "uint8[N, C, H, L] y" if used else "int32[N, C, H, L] y"
     weight = np.ones((4, 3, 3, 3), np.int8)
     model = graph(body.format("pads = [1, 1, 1, 1]"), "uint8[N, 3, 8, 8] x", result, w=weight, **used)
-    (node,) = model.graph
-    assert macs(node) == 4 * 8 * 8 * 3 * 9 == 6_912
+    (node,), (layer,) = model.graph, planned_layers(model)
+    assert macs(node) == layer.macs == 4 * 8 * 8 * 3 * 9 == 6_912
+    assert (layer.operator, layer.precision) == (node.op_type, "int8")
 
 
 @pytest.mark.parametrize("body", ["y = QLinearMatMul (x, s, z, w, ws, wz, s, z)", "y = MatMulInteger (x, w)"])
@@ -173,8 +174,9 @@ def test_integer_matrix_products(body: str) -> None:
     model = graph(
         body, "uint8[N, 7, 6] x", "uint8[A, B, C] y" if used else "int32[A, B, C] y", w=np.ones((6, 5), np.int8), **used
     )
-    (node,) = model.graph
-    assert macs(node) == 7 * 5 * 6
+    (node,), (layer,) = model.graph, planned_layers(model)
+    assert macs(node) == layer.macs == 7 * 5 * 6
+    assert (layer.operator, layer.precision) == (node.op_type, "int8")
 
 
 def test_a_bias_does_not_count() -> None:
