@@ -17,6 +17,7 @@ from edgewright.calibration.collect import collect
 from edgewright.optimize.dialects import Quantizer
 from edgewright.optimize.repairs import Repairs
 from edgewright.optimize.segments import logits_of
+from edgewright.runtime.errors import QuantizationError
 from edgewright.rungs import Ground, corrected, equalized, finetuned, loosely_equalized
 from mixed_network import network, photographs, quantizer_of
 from textual_graphs import graph, normal
@@ -136,3 +137,10 @@ def test_a_trained_graph_keeps_the_ranges_and_loses_the_repairs() -> None:
 
 def test_nobody_is_trained_who_did_not_ask_for_it() -> None:
     assert finetuned(ground(), quantizer_of("cpu"), NOTHING) == (None, "not asked for")
+
+
+def test_a_training_that_fails_leaves_the_rungs_behind_it() -> None:
+    def train(quantizer: Quantizer, left_out: Mapping[str, str], progress: rungs.Progress) -> ir.Model:
+        raise QuantizationError("the training diverged", "remedy")
+
+    assert finetuned(replace(ground(), finetune=train), quantizer_of("cpu"), NOTHING) == (None, "the training diverged")

@@ -50,6 +50,7 @@ def engine_document(outcome: Outcome) -> dict[str, Any]:
             "top5": outcome.reference.top5,
             "images": outcome.reference.images,
             "labelled": outcome.reference.labelled,
+            "source": outcome.reference.source,
         },
         "engines": [_engine(row) for row in outcome.rows],
         "targets": {choice.target: _target(choice) for choice in outcome.targets},

@@ -20,6 +20,7 @@ from edgewright.optimize.dialects import Quantizer
 from edgewright.optimize.equalize import equalize
 from edgewright.optimize.repairs import Repairs
 from edgewright.optimize.segments import logits_of
+from edgewright.runtime.errors import QuantizationError
 from edgewright.runtime.parity import compare
 
 __all__ = [
@@ -161,5 +162,8 @@ def finetuned(ground: Ground, quantizer: Quantizer, left_out: Mapping[str, str])
     """Quantization-aware fine-tuning, if it was asked for."""
     if ground.finetune is None:
         return None, "not asked for"
-    trained = ground.finetune(quantizer, left_out, ground.progress)
+    try:
+        trained = ground.finetune(quantizer, left_out, ground.progress)
+    except QuantizationError as error:  # the other rungs are still there
+        return None, error.message
     return quantizer.for_network(trained, quantizer.table), "weights trained with fake quantization"

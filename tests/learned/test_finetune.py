@@ -276,7 +276,7 @@ def test_several_passes_are_made_and_none_may_be_empty(model: ir.Model, quantize
 
 def test_a_loss_that_is_not_finite_ends_the_training(model: ir.Model, quantizer: Quantizer) -> None:
     broken = np.full((4, *SHAPE), np.nan, np.float32)
-    with pytest.raises(DataError, match="the loss became nan in step 1"):
+    with pytest.raises(QuantizationError, match="the loss became nan in step 1"):
         finetuned(model, quantizer, lambda number: iter([(broken, None)]), settings=STEPS)
 
 

@@ -41,7 +41,7 @@ from edgewright.optimize.dialects import Quantizer
 from edgewright.optimize.edits import constant_tensor
 from edgewright.optimize.plan import COMPUTE_OPERATORS, NOTHING_LEFT_OUT
 from edgewright.optimize.repairs import with_bias_shifts
-from edgewright.runtime.errors import DataError
+from edgewright.runtime.errors import DataError, QuantizationError
 
 __all__ = ["FinetuneSettings", "LabelledBatch", "finetuned"]
 
@@ -96,7 +96,7 @@ def finetuned(
     * progress: told the steps done so far, how many there are, and the last loss
 
     The same weights come out for the same batches, device and number of threads. Raises `QuantizationError` if PyTorch
-    cannot run an operator of the graph, `DataError` without images, or if the loss stops being finite.
+    cannot run an operator of the graph, or if the loss stops being finite; `DataError` without images.
     """
     start = _repaired(quantizer, left_out)
     names = _trained_names(start)
@@ -174,7 +174,7 @@ def _train(
             expected = teacher(x)
         loss = _loss(student(x), expected, labels, settings.label_share)
         if not math.isfinite(loss.item()):
-            raise DataError(f"the loss became {loss.item()} in step {step}", "lower the learning rate")
+            raise QuantizationError(f"the training diverged: the loss became {loss.item()} in step {step}")
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.grad = gradient
         optimizer.step()
