@@ -148,7 +148,8 @@ def _note(run: StageRun) -> str:
     if run.name.startswith("place"):
         return f"INT8 does not pay in {len(facts['left_out'])} of {facts['layers']} layers" if facts["left_out"] else ""
     if run.name.startswith("quantize"):
-        return f"{facts['int8_layers']} of {facts['layers']} layers to INT8: {', '.join(facts['rungs'])}"
+        rungs = f": {', '.join(facts['rungs'])}" if facts["int8_layers"] else ""
+        return f"{facts['int8_layers']} of {facts['layers']} layers to INT8{rungs}"
     if run.name.startswith("build"):
         counts = ", ".join(f"{count} × {precision}" for precision, count in facts["actual"].items())
         return counts if facts["share"] > 0.995 else f"{counts} ({100 * facts['share']:.0f} % of the work)"
