@@ -231,6 +231,11 @@ def test_mixed_precision_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("head (sensitive)" in note for note in climb.notes)
 
 
+def test_nothing_is_told_of_a_network_without_int8() -> None:
+    climb = Ladder(linear(), measured(), IMAGES, PLAIN).climb("cpu", {"head": "slower"})
+    assert (climb.quantized.int8_layers, climb.met, climb.notes) == (0, True, ())
+
+
 def test_mixed_precision_that_does_worse_on_the_held_back_images_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     Rungs(monkeypatch, (20.0, 20.0))
     monkeypatch.setattr(Known, "with_left_out", (40.0, 10.0))

@@ -199,9 +199,9 @@ class Climb:
     def notes(self) -> tuple[str, ...]:
         """Sentences for a person: what was done, and which layers stay in float to keep accuracy, and why.
 
-        None where no layer is INT8: then nothing was done.
+        None where no layer could be INT8: then nothing was done.
         """
-        if not self.quantized.int8_layers:
+        if self.mixed is None and not self.quantized.int8_layers:
             return ()
         layers = (
             () if self.mixed is None else [name for name in self.mixed.chosen.float_layers if name in self.left_out]

@@ -51,7 +51,7 @@ ENGINE_DOCUMENT = {
     "verdict": ("pass", "fail", "inconclusive"),
     "recommended": (None, {"backend": str, "precision": str, "path": str}),
     "stages": [STAGE],
-    "reference": {"top1": (NUMBER, None), "top5": (NUMBER, None), "images": int, "labelled": bool},
+    "reference": {"top1": (NUMBER, None), "top5": (NUMBER, None), "images": int, "labelled": bool, "source": str},
     "engines": [ENGINE],
 }
 ERROR_DOCUMENT = {"schema": ("edgewright.error/1",), "error": str, "message": str, "remedy": str}
