@@ -21,10 +21,12 @@ import click
 from edgewright.cli_bundle import keygen, pack, unpack
 from edgewright.cli_device import build_engines, doctor_lines, or_bundle, verify_engines
 from edgewright.cli_explain import blame, explain
+from edgewright.cli_help import add_examples, completion
 from edgewright.cli_options import (
     DEFAULT_MODEL,
     bundle_options,
     cache_option,
+    detail_wanted,
     graph_options,
     json_option,
     pipeline_options,
@@ -50,7 +52,7 @@ def cli() -> None:
     """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
 
 
-for outside in (blame, explain, keygen, pack, unpack):
+for outside in (blame, completion, explain, keygen, pack, unpack):
     cli.add_command(outside)
 
 
@@ -63,7 +65,7 @@ def staged(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[..., int]:
         from edgewright.pipeline import Pipeline
         from edgewright.report import stage_document
 
-        with ConsoleObserver() as observer:
+        with ConsoleObserver(detail_wanted()) as observer:
             pipeline = Pipeline(pipeline_options(**arguments), observer)
             with pipeline.workspace.locked():
                 fields = run(pipeline)
@@ -188,7 +190,7 @@ def _prove(as_json: bool, **arguments: Any) -> int:
     from edgewright.runtime.choice import REPORT_FILE
     from edgewright.runtime.files import write_json
 
-    with ConsoleObserver() as observer:
+    with ConsoleObserver(detail_wanted()) as observer:
         pipeline = Pipeline(pipeline_options(**arguments), observer)
         with pipeline.workspace.locked():
             outcome = pipeline.prove()
@@ -197,7 +199,7 @@ def _prove(as_json: bool, **arguments: Any) -> int:
     if as_json:
         click.echo(json.dumps(document, indent=1))
     else:
-        print_outcome(outcome, pipeline.workspace.folder)
+        print_outcome(outcome, pipeline.workspace.folder, detail_wanted())
     return EXIT_CODES[outcome.verdict]
 
 
@@ -277,7 +279,7 @@ def _inspected(folded: bool, **arguments: Any) -> ir.Model:
     from edgewright.console import ConsoleObserver
     from edgewright.pipeline import Pipeline
 
-    with ConsoleObserver() as observer:
+    with ConsoleObserver(detail_wanted()) as observer:
         pipeline = Pipeline(graph_options(**arguments), observer)
         with pipeline.workspace.locked():
             artifact = pipeline.folded if folded else pipeline.exported
@@ -432,6 +434,9 @@ def train(
     click.echo(f"started from {training.start}")
     click.echo(f"{training.checkpoint}: top-1 {100 * training.top1:.2f} % on the 10,000 test images")
     click.echo(f"learning curve: {training.curve_csv}, {training.curve_svg}")
+
+
+add_examples(cli)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ import click
 from edgewright.runtime.errors import DataError
 
 if TYPE_CHECKING:
+    from edgewright.console import Detail
     from edgewright.export.resolve import ModelRequest
     from edgewright.pipeline import Options
 
@@ -22,6 +23,7 @@ __all__ = [
     "DEFAULT_MODEL",
     "bundle_options",
     "cache_option",
+    "detail_wanted",
     "graph_options",
     "json_option",
     "pipeline_options",
@@ -34,10 +36,48 @@ DEFAULT_MODEL = "mobilenet_effnet_b0"
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 
+METHODS = [
+    "auto",
+    "minmax",
+    "percentile",
+    "percentile-99.9",
+    "percentile-99.999",
+    "percentile-99.9999",
+    "entropy",
+    "mse",
+]
 BUNDLE_ONLY = ("require_signature", "allow_older", "cache", "rebuild")
 """Parameters that mean something for a bundle alone."""
 
+DETAIL = "edgewright.detail"
+"""Where a context keeps how much of the stages is told."""
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+
+def _noting(detail: Detail) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def note(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given and context.meta.setdefault(DETAIL, detail) != detail:
+            raise click.UsageError("--verbose and --quiet contradict each other")
+
+    return note
+
+
+DETAIL_OPTIONS: tuple[Decorator, ...] = (
+    click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=_noting("verbose"),
+        help="Also what the passes of each stage did.",
+    ),
+    click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=_noting("quiet"), help="Only the verdict."
+    ),
+)  # fmt: skip
+
+
+def detail_wanted() -> Detail:
+    """What the command that runs was asked for."""
+    wanted: Detail = click.get_current_context().meta.get(DETAIL, "usual")
+    return wanted
 
 
 def _numbers(kind: type[int] | type[float], counts: Sequence[int]) -> Callable[..., Any]:
@@ -136,21 +176,12 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option("--allow-overlap", is_flag=True, help="Accept the same image in both folders."),
     click.option(
         "--method",
-        type=click.Choice(
-            [
-                "auto",
-                "minmax",
-                "percentile",
-                "percentile-99.9",
-                "percentile-99.999",
-                "percentile-99.9999",
-                "entropy",
-                "mse",
-            ]
-        ),
+        type=click.Choice(METHODS),
         default="auto",
         show_default=True,
-        help="How activation ranges are chosen; auto: each by what errs least there.",
+        metavar="NAME",
+        help="How activation ranges are chosen: auto (each by what errs least there), minmax, percentile (99.99), "
+        "percentile-99.9, percentile-99.999, percentile-99.9999, entropy or mse.",
     ),
     click.option(
         "--placement",
@@ -213,12 +244,14 @@ def bundle_options(command: Command) -> Command:
 
 def source_options(command: Command) -> Command:
     """The options that say which network, and where its graph is made."""
-    return _decorated(command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, json_option))
+    return _decorated(command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, *DETAIL_OPTIONS, json_option))
 
 
 def run_options(command: Command) -> Command:
     """The options of every command that runs stages."""
-    return _decorated(command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, *RUN_OPTIONS, *ENGINE_OPTIONS, json_option))
+    return _decorated(
+        command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, *RUN_OPTIONS, *ENGINE_OPTIONS, *DETAIL_OPTIONS, json_option)
+    )
 
 
 def _decorated(command: Command, decorators: Sequence[Decorator]) -> Command:

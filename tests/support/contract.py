@@ -44,7 +44,7 @@ ENGINE = {
     "parity": (None, PARITY),
     "latency_ms": (None, LATENCY),
 }
-STAGE = {"name": str, "seconds": NUMBER, "cached": bool, "key": str, "changed": [str]}
+STAGE = {"name": str, "seconds": NUMBER, "cached": bool, "key": str, "changed": [str], "bytes": int}
 ENGINE_DOCUMENT = {
     "schema": ("edgewright.engine/1",),
     "model": str,
