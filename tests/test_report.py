@@ -25,7 +25,7 @@ from edgewright.report import (
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.parity import STATUS_OF_VERDICT, compare, judge
 from edgewright.runtime.specs import EngineInfo, Kernel, LayerPrecision
-from edgewright.workspace import FIRST_TIME, StageRun
+from edgewright.workspace import StageRun
 
 IMAGES = 10_000
 
