@@ -1,0 +1,114 @@
+"""`edgewright bench`: how fast engines are here. It needs no more than the base install and a backend's package."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgewright.cli_options import bundle_options, json_option
+
+if TYPE_CHECKING:
+    from edgewright.runtime.bench import Bench, Candidate, Selection
+
+__all__ = ["bench"]
+
+CAMERA = "1280x720"
+SAVED_SUFFIX = ".json"
+
+
+def _counts(least: int) -> Callable[..., Any]:
+    """A callback that reads whole numbers with commas between them, each once."""
+
+    def parse(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+        words = [word.strip() for word in value.split(",")]
+        if not all(re.fullmatch(r"[0-9]{1,5}", word) and int(word) >= least for word in words):
+            raise click.BadParameter(f"{value!r} is not numbers from {least} on with commas between them")
+        return tuple(dict.fromkeys(map(int, words)))
+
+    return parse
+
+
+def _size(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", value)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT, such as {CAMERA}")
+    return int(found[1]), int(found[2])
+
+
+@click.command(epilog="Example: edgewright bench build/lenet --precision int8 --precision fp32 --batch 1,8 --threads 2")
+@click.argument("path", type=click.Path(path_type=Path), metavar="BUILD|BUNDLE|ENGINE|FILE.onnx")
+@click.option(
+    "--vs",
+    type=click.Path(path_type=Path),
+    metavar="OTHER",
+    help="Compare with this one, in turns; or with the FILE.json of an earlier bench.",
+)
+@click.option("--backend", "backends", multiple=True, help="Instead of the recommended one; may be repeated.")
+@click.option("--precision", "precisions", multiple=True, help="Instead of the recommended one; may be repeated.")
+@click.option("--all", "everything", is_flag=True, help="All engines of the build folder that run here.")
+@click.option(
+    "--batch", "batches", callback=_counts(1), default="1", show_default=True, metavar="N,…", help="Images per run."
+)
+@click.option(
+    "--threads", callback=_counts(0), default="0", show_default=True, metavar="N,…", help="CPU threads; 0: all cores."
+)
+@click.option("--preprocess", is_flag=True, help="Begin each run with decoded images, not with tensors.")
+@click.option(
+    "--camera",
+    callback=_size,
+    default=CAMERA,
+    show_default=True,
+    metavar="WxH",
+    help="Size in pixels of the images of --preprocess.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, 3600),
+    default=3.0,
+    show_default=True,
+    help="For each engine in each set-up, warm-up apart.",
+)
+@click.option("--force", is_flag=True, help="Compare what was not measured alike.")
+@bundle_options
+@json_option
+def bench(
+    path: Path, vs: Path | None, backends: tuple[str, ...], precisions: tuple[str, ...], everything: bool,
+    batches: tuple[int, ...], threads: tuple[int, ...], preprocess: bool, camera: tuple[int, int], seconds: float,
+    force: bool, as_json: bool, **trust: Any,
+) -> None:  # fmt: skip
+    """How fast an engine is on this machine, in the words of trtexec.
+
+    Warm-up until the times are stable; several engines take turns and are compared in pairs, the first or OTHER being
+    the baseline. Without --backend, --precision or --all the recommended engine of a folder is taken. An ONNX file is
+    run as it is, by onnxruntime or, with --backend, by openvino.
+    """
+    from edgewright.bench_report import bench_lines, progress_lines
+    from edgewright.runtime.bench import Selection, SetUp, candidates_of
+    from edgewright.runtime.bench import bench as measured
+    from edgewright.runtime.bench.machine import cores_here
+
+    selection = Selection(backends, precisions, everything, trust)
+    candidates, notes = candidates_of(path, selection)
+    cores = dict.fromkeys(count or cores_here() for count in threads)
+    found = measured(
+        candidates,
+        [SetUp(batch, count, camera if preprocess else None) for count, batch in product(cores, batches)],
+        baseline=None if vs is None else _baseline(vs, selection),
+        seconds=seconds,
+        force=force,
+        notes=notes,
+        say=lambda line: click.echo("\n".join(progress_lines(line)), err=True),
+    )
+    click.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(bench_lines(found)))
+
+
+def _baseline(path: Path, selection: Selection) -> Candidate | Bench:
+    from edgewright.runtime.bench import baseline_of, read_bench
+
+    return read_bench(path) if path.suffix == SAVED_SUFFIX else baseline_of(path, selection)
