@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .bench import Bench, bench, read_bench
-from .candidates import Candidate, Selection, baseline_of, candidates_of
+from .candidates import Candidate, Selection, baseline_of, candidates_of, selections_for
 from .comparing import Comparison
 from .results import Distribution, Machine, Result, SetUp
 
@@ -20,4 +20,5 @@ __all__ = [
     "bench",
     "candidates_of",
     "read_bench",
+    "selections_for",
 ]

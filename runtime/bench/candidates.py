@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ..backends import BACKENDS, Runner, backend_named
-from ..backends.base import Backend
+from ..backends.base import Absence, Backend
 from ..choice import Choice, chosen, stands_for_bundle
 from ..device.identity import GPU_DIALECTS
 from ..engine_files import ENGINES_FOLDER, read_info
-from ..errors import EdgewrightError, EngineError
+from ..errors import EngineError
 from ..files import sha256_of
 from ..specs import EngineInfo, TensorSpec
 from .results import engine_words
 
-__all__ = ["Candidate", "Selection", "baseline_of", "candidates_of"]
+__all__ = ["Candidate", "Selection", "baseline_of", "candidates_of", "selections_for"]
 
 ONNX_SUFFIX = ".onnx"
 OF_ONNX_FILES = "onnxruntime"
+WHAT_RUNS = "a build folder, a bundle, an engine with its .json beside it, or an .onnx file"
+PARTS = {
+    "backends": "--backend",
+    "precisions": "--precision",
+    "everything": "--all",
+    "trust": "what is asked of a bundle",
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Candidate:
     @property
     def words(self) -> str:
         """The engine for a person, such as "onnxruntime int8"."""
-        return engine_words(self.backend.name, self.precision)
+        return engine_words(self.backend.name, self.precision, self.path)
 
     @property
     def precision(self) -> str:
@@ -80,47 +87,66 @@ class Selection:
     """Which engines of a build folder or bundle are meant.
 
     * backends, precisions: empty for what is recommended; of several each combination that is there
-    * everything: all that run here
+    * everything: all of a build folder that run here
     * trust: further arguments of `chosen`, for a bundle
     """
 
     backends: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     everything: bool = False
-    trust: dict[str, Any] = field(default_factory=dict)
+    trust: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in self.backends:
             backend_named(name)
+        given = {name: value for name, value in self.trust.items() if value}
+        object.__setattr__(self, "trust", given)
 
     def __str__(self) -> str:
         return " ".join(word for word in ("/".join(self.backends), "/".join(self.precisions)) if word) or "any"
 
+    def meant_for(self, path: Path) -> Selection:
+        """Without what says nothing about `path`: an engine says what it is, and only a bundle needs to be trusted."""
+        bundle = stands_for_bundle(path)
+        several = bundle or path.is_dir()
+        return Selection(
+            backends=self.backends if several or not _is_engine(path) else (),
+            precisions=self.precisions if several else (),
+            everything=self.everything and several and not bundle,
+            trust=self.trust if bundle else {},
+        )
+
+
+def selections_for(selection: Selection, *paths: Path) -> tuple[Selection, ...]:
+    """What of `selection` is meant for each of the paths. Raises `EngineError` if a part says nothing about any."""
+    found = tuple(selection.meant_for(path) for path in paths)
+    for name, words in PARTS.items():
+        if getattr(selection, name) and not any(getattr(each, name) for each in found):
+            raise EngineError(f"{words} says nothing about {' or '.join(map(str, paths))}", "leave it out")
+    return found
+
 
 def candidates_of(path: Path, selection: Selection) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
-    """The engines that `path` stands for, in the order in which they were asked for, and a note on each left out.
+    """The engines that `path` stands for, in the order in which they were asked for, and notes on those left out.
 
     An engine that cannot run here is left out where others can. Raises `EngineError` if there is none to run, it is not
     what it should be, or `path` is nothing that can be run; `BundleError` and its kinds if a bundle is not taken.
     """
-    if not path.exists() and not path.suffix:
-        raise EngineError(f"there is no {path}", "give a build folder, a bundle, an engine or an .onnx file")
+    (selection,) = selections_for(selection, path)
     if stands_for_bundle(path):
         return _runnable(path, _of_bundle(path, selection))
     if path.is_dir():
         return _runnable(path, _of_folder(path, selection))
+    if not path.is_file():
+        raise EngineError(f"there is no {path}", f"give {WHAT_RUNS}")
     if _is_engine(path):
-        choices = [(str(path), chosen(path, *_single(path, selection), **_given(selection.trust)))]
-        return _runnable(path, choices)
+        return _runnable(path, [(str(path), _named(path))])
     return _of_onnx_file(path, selection), ()
 
 
 def baseline_of(path: Path, selection: Selection) -> Candidate:
     """The one engine that `path` stands for, to compare others with. Raises `EngineError` as `candidates_of` does."""
-    if path.is_file() and (_is_engine(path) or path.suffix.lower() == ONNX_SUFFIX):
-        backends = () if _is_engine(path) else selection.backends  # a file says what it is
-        selection = Selection(backends)
-    found, _ = candidates_of(path, selection)
+    found, _ = candidates_of(path, replace(selection, everything=False))
     if len(found) > 1:
         names = ", ".join(candidate.words for candidate in found)
         raise EngineError(
@@ -131,51 +157,37 @@ def baseline_of(path: Path, selection: Selection) -> Candidate:
 
 
 def _of_bundle(path: Path, selection: Selection) -> Iterator[tuple[str, Choice]]:
-    if selection.everything:
-        raise EngineError(
-            f"{path} is a bundle: which of its engines run here is known only for those that are named",
-            "name them with --backend and --precision",
-        )
     for backend, precision in product(selection.backends or (None,), selection.precisions or (None,)):
-        yield str(path), chosen(path, backend, precision, **_given(selection.trust))
+        yield str(path), chosen(path, backend, precision, **selection.trust)
 
 
 def _of_folder(folder: Path, selection: Selection) -> list[tuple[str, Choice]]:
     """The recommended engine, or all that fit; a folder that recommends none has to be told."""
     if not (folder / ENGINES_FOLDER).is_dir():
-        raise EngineError(
-            f"{folder} is no build folder: it has no {ENGINES_FOLDER}/", "give build/MODEL of edgewright engine MODEL"
-        )
-    trust = _given(selection.trust)
+        raise EngineError(f"{folder} is no build folder: it has no {ENGINES_FOLDER}/", f"give {WHAT_RUNS}")
     if not (selection.backends or selection.precisions or selection.everything):
-        choice = chosen(folder, **trust)
-        return [(str(folder), choice)]
+        return [(str(folder), chosen(folder))]
     infos = {path: read_info(path) for path in sorted((folder / ENGINES_FOLDER).glob("*.json"))}
-    backends = selection.backends or tuple(BACKENDS)
-    precisions = selection.precisions or tuple(dict.fromkeys(info.precision for info in infos.values()))
     wanted = [
-        path.with_suffix(backend_named(backend).suffix)
-        for backend, precision in product(backends, precisions)
-        for path, info in infos.items()
-        if (info.backend, info.precision) == (backend, precision)
+        described.with_suffix(backend.suffix)
+        for backend in map(backend_named, selection.backends or BACKENDS)
+        for precision in selection.precisions or backend.precisions
+        for described, info in infos.items()
+        if (info.backend, info.precision) == (backend.name, precision)
     ]
     if not wanted:
-        there = ", ".join(engine_words(info.backend, info.precision) for info in infos.values()) or "none"
-        raise EngineError(f"{folder} has no {selection} engine, it has {there}", "name one of those")
-    return [(str(path), chosen(path, **trust)) for path in wanted]
+        there = ", ".join(dict.fromkeys(f"{info.backend} {info.precision}" for info in infos.values()))
+        raise EngineError(f"{folder} has no {selection} engine, it has {there or 'none'}", "name one that is there")
+    return [(str(path), _named(path)) for path in wanted]
+
+
+def _named(engine: Path) -> Choice:
+    return replace(chosen(engine), why="named")
 
 
 def _of_onnx_file(path: Path, selection: Selection) -> tuple[Candidate, ...]:
     if path.suffix.lower() != ONNX_SUFFIX:
-        raise EngineError(
-            f"{path} is neither a build folder, a bundle, an engine with its .json beside it, nor an .onnx file",
-            "give one of those",
-        )
-    if selection.precisions or selection.everything:
-        raise EngineError(
-            f"{path} is one ONNX file and is run as it is, in no other precision",
-            "leave out --precision and --all, or give the build folder",
-        )
+        raise EngineError(f"{path} is nothing that can be run", f"give {WHAT_RUNS}")
     try:
         graph = path.read_bytes()
     except OSError as error:
@@ -183,33 +195,29 @@ def _of_onnx_file(path: Path, selection: Selection) -> tuple[Candidate, ...]:
     found = []
     for name in selection.backends or (OF_ONNX_FILES,):
         backend = backend_named(name)
-        engine = backend.engine_of(graph)
-        absence = backend.absence()
-        if absence is not None:
-            raise EngineError(f"{path} cannot be run by {name}: {absence.reason}", absence.hint)
-        unread = Candidate(str(path), backend, engine, None, "an ONNX file, run as it is", ())
+        unread = Candidate(str(path), backend, backend.engine_of(graph), None, "an ONNX file, run as it is", ())
         with unread.open(threads=1) as runner:
             found.append(replace(unread, inputs=runner.inputs))
     return tuple(found)
 
 
 def _runnable(path: Path, choices: Iterable[tuple[str, Choice]]) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
-    """Those that can run here, and why the others cannot; the reason of the first is the error if none can."""
+    """Those that can run here, and why the others cannot. Raises `EngineError` if none can."""
     found: list[Candidate] = []
-    notes: list[str] = []
-    failures: list[EdgewrightError] = []
+    absent: dict[Absence, list[str]] = {}
     for place, choice in choices:
-        backend = backend_named(choice.info.backend)
-        words = " ".join(word for word in (choice.info.backend, choice.info.precision, choice.info.target) if word)
-        absence = backend.absence() or backend.cannot_run(choice.info.target)
+        info, backend = choice.info, backend_named(choice.info.backend)
+        absence = backend.absence() or backend.cannot_run(info.target)
         if absence is None:
-            found.append(Candidate(place, backend, choice.engine, choice.info, choice.why, choice.info.inputs))
+            found.append(Candidate(place, backend, choice.engine, info, choice.why, info.inputs))
         else:
-            failures.append(EngineError(f"{words} of {path} cannot run here: {absence.reason}", absence.hint))
-            notes.append(f"{words} cannot run here: {absence.reason}")
+            words = (info.backend, info.precision, info.target)
+            absent.setdefault(absence, []).append(" ".join(word for word in words if word))
+    notes = {absence: f"{', '.join(names)} cannot run here: {absence.reason}" for absence, names in absent.items()}
     if not found:
-        raise failures[0]
-    return tuple(found), tuple(notes)
+        absence, note = next(iter(notes.items()))
+        raise EngineError(f"nothing of {path} to run: {note}", absence.hint)
+    return tuple(found), tuple(notes.values())
 
 
 def _is_engine(path: Path) -> bool:
@@ -217,21 +225,10 @@ def _is_engine(path: Path) -> bool:
     described = path.with_suffix(".json")
     if path == described or not described.is_file():
         return False
-    if path.suffix.lower() != ONNX_SUFFIX:
+    if path.suffix.lower() != ONNX_SUFFIX or path.parent.name == ENGINES_FOLDER:
         return True
     try:
         read_info(described)
     except EngineError:
-        return path.parent.name == ENGINES_FOLDER  # a damaged one; elsewhere the JSON is somebody else's
+        return False  # beside an ONNX file it may be anything
     return True
-
-
-def _single(path: Path, selection: Selection) -> Sequence[str | None]:
-    """The backend and precision that an engine file is expected to be."""
-    if len(selection.backends) > 1 or len(selection.precisions) > 1:
-        raise EngineError(f"{path} is one engine, asked for were several ({selection})", "give the build folder")
-    return [*selection.backends, None][0], [*selection.precisions, None][0]
-
-
-def _given(trust: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in trust.items() if value}

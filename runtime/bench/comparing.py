@@ -10,7 +10,7 @@ from ..device.clocks import Clocks
 from ..errors import ParityError
 from ..latency import paired_ratio
 from .measuring import Timed
-from .results import Machine, Result, SetUp
+from .results import Machine, Result
 
 __all__ = ["Comparison", "check_alike", "paired", "settings_unlike", "shapes_unlike", "unpaired"]
 
@@ -19,16 +19,14 @@ __all__ = ["Comparison", "check_alike", "paired", "settings_unlike", "shapes_unl
 class Comparison:
     """Time of an engine / time of the baseline in the same set-up; below 1 if the engine is faster.
 
-    * engine, baseline: names, with their paths where the names are equal
     * low, high: interval of `ratio` that holds with 95 %, or with `confidence` where the rounds are too few for that
     * paired: `ratio` is the median of the ratios within `rounds` rounds; else it is the ratio of the medians of two
       measurements at different times, and says nothing of what changed on the machine between them
     * unlike: in what the two differ, where that was to be ignored
     """
 
-    engine: str
-    baseline: str
-    setup: SetUp
+    engine: Result
+    baseline: Result
     ratio: float
     low: float
     high: float
@@ -45,10 +43,8 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return {
-            "engine": self.engine,
-            "baseline": self.baseline,
-            "batch": self.setup.batch,
-            "threads": self.setup.threads,
+            "engine": _reference(self.engine),
+            "baseline": _reference(self.baseline),
             "ratio": self.ratio,
             "interval": [self.low, self.high],
             "confidence": self.confidence,
@@ -62,8 +58,8 @@ def paired(engine: Timed, baseline: Timed, unlike: tuple[str, ...] = ()) -> Comp
     """Of two that were measured in turns."""
     ratio = paired_ratio(engine.milliseconds, baseline.milliseconds)
     return Comparison(
-        *_names(engine.result, baseline.result),
-        engine.result.setup,
+        engine.result,
+        baseline.result,
         ratio.median,
         ratio.low,
         ratio.high,
@@ -82,8 +78,8 @@ def unpaired(engine: Result, baseline: Result, unlike: tuple[str, ...] = ()) -> 
     """
     now, then = engine.latency, baseline.latency
     return Comparison(
-        *_names(engine, baseline),
-        engine.setup,
+        engine,
+        baseline,
         now.p50 / then.p50,
         now.p50_low / then.p50_high,
         now.p50_high / then.p50_low,
@@ -123,12 +119,15 @@ def settings_unlike(now: tuple[Machine, Clocks], then: tuple[Machine, Clocks]) -
             yield f"{name} is {_shown(value)} here and {_shown(before)} there"
 
 
-def _names(engine: Result, baseline: Result) -> tuple[str, str]:
-    if (engine.words, engine.path) == (baseline.words, baseline.path):
-        return engine.words, f"{baseline.words} before"
-    if engine.words != baseline.words:
-        return engine.words, baseline.words
-    return f"{engine.words} of {engine.path}", f"{baseline.words} of {baseline.path}"
+def _reference(result: Result) -> dict[str, Any]:
+    return {
+        "path": result.path,
+        "backend": result.backend,
+        "precision": result.precision or None,
+        "batch": result.setup.batch,
+        "threads": result.setup.threads,
+        "p50": result.latency.p50,
+    }
 
 
 def _sides(shape: Sequence[int | None]) -> str:

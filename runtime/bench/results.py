@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ UNSTABLE = 0.025
 """Coefficient of variation above which the machine was not quiet."""
 HALF_ALPHA = 0.025
 """Two medians' intervals hold together with 95 % if each of them holds with 97.5 % (Bonferroni)."""
+BLOCKS = 20
+"""Of consecutive runs: the medians of such blocks depend on each other far less than runs do, of which a slow spell
+hits many (batch means: Law 2015, Simulation Modeling and Analysis, 9.5.3)."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Distribution:
 
     * runs: how many were timed; cv: coefficient of variation, standard deviation / mean
     * p50 … p99: quantiles, linear between order statistics
-    * p50_low, p50_high: interval of the median, 97.5 %, from order statistics, if runs are independent of each other
+    * p50_low, p50_high: interval of the median, 97.5 %, from the order statistics of the medians of 20 blocks of runs
     """
 
     runs: int
@@ -80,7 +84,8 @@ class Distribution:
         """Of timed runs, `[runs]` in milliseconds, one or more."""
         samples = np.asarray(milliseconds, np.float64)
         latency = Latency.of(samples, batch=0, threads=0)
-        low, high, _ = median_interval(samples, alpha=HALF_ALPHA)
+        blocks = [np.median(block) for block in np.array_split(samples, min(BLOCKS, samples.size))]
+        low, high, _ = median_interval(blocks, alpha=HALF_ALPHA)
         return cls(
             runs=latency.runs,
             min=float(samples.min()),
@@ -127,8 +132,8 @@ class Result:
 
     @property
     def words(self) -> str:
-        """The engine for a person, such as "onnxruntime int8"."""
-        return engine_words(self.backend, self.precision)
+        """The engine for a person."""
+        return engine_words(self.backend, self.precision, self.path)
 
     @property
     def qps(self) -> float:
@@ -180,6 +185,6 @@ class Result:
         )
 
 
-def engine_words(backend: str, precision: str) -> str:
-    """An engine for a person, such as "onnxruntime int8"."""
-    return f"{backend} {precision}".rstrip()
+def engine_words(backend: str, precision: str, path: str) -> str:
+    """An engine for a person, such as "onnxruntime int8"; of an ONNX file "onnxruntime model.onnx"."""
+    return f"{backend} {precision or Path(path).name}"

@@ -60,7 +60,7 @@ def _result_lines(result: Result) -> Iterator[str]:
     latency, setup = result.latency, result.setup
     yield "=== Performance summary ==="
     yield from _wrapped(f"Engine: {result.words}, {result.bytes / 1e6:.1f} MB, {result.backend} {result.version}")
-    yield from _wrapped(f"  {result.path}: {result.why}")
+    yield from _wrapped(f"  {result.path} ({result.why})")
     yield from _wrapped(f"Set-up: {setup}, input {'x'.join(map(str, (setup.batch, *result.shape)))}")
     queries = "" if setup.batch == 1 else f" of {setup.batch} images"
     yield f"Throughput: {_number(result.images_per_second)} images/s, {_number(result.qps)} qps{queries}"
@@ -82,17 +82,29 @@ def _result_lines(result: Result) -> Iterator[str]:
 
 
 def comparison_line(comparison: Comparison) -> str:
-    """Such as "batch 1, 2 threads: a takes 0.8 x the time of b (95 % interval 0.79 to 0.81, 90 pairs): 1.25 x as fast"."""
+    """Such as "batch 1, 2 threads: a takes 0.8 x the time of b (95 % interval 0.79 to 0.81, 90 pairs): faster"."""
     interval = f"{comparison.low:.3f} to {comparison.high:.3f}"
     sure = f"{100 * min(comparison.confidence, 0.95):.0f} % interval" if comparison.confidence else "range"
-    source = f"{comparison.rounds} pairs" if comparison.paired else "medians of separate runs, no pairs"
-    speed = 1 / comparison.ratio
-    verdict = f"{speed:.2f} x as fast" if comparison.decided else "no difference can be told"
-    line = (
-        f"{comparison.setup}: {comparison.engine} takes {comparison.ratio:.3f} x the time of {comparison.baseline} "
-        f"({sure} {interval}, {source}): {verdict}"
-    )
-    return f"{line}; not alike: {'; '.join(comparison.unlike)}" if comparison.unlike else line
+    engine, baseline = _names(comparison)
+    verdict = f"{'faster' if comparison.ratio < 1 else 'slower'}, {1 / comparison.ratio:.2f} x the speed"
+    parts = [
+        f"{comparison.engine.setup}: {engine} takes {comparison.ratio:.3f} x the time of {baseline} ({sure} {interval}",
+        f", {comparison.rounds} pairs): " if comparison.paired else ", of separate medians): ",
+        verdict if comparison.decided else "no difference can be told",
+        "" if comparison.paired else "; not measured in turns, so whatever else changed in between counts as well",
+        f"; not alike: {'; '.join(comparison.unlike)}" if comparison.unlike else "",
+    ]
+    return "".join(parts)
+
+
+def _names(comparison: Comparison) -> tuple[str, str]:
+    """Of the engine and the baseline, with their paths if they have the same name."""
+    engine, baseline = comparison.engine, comparison.baseline
+    if engine.words != baseline.words:
+        return engine.words, baseline.words
+    if engine.path != baseline.path:
+        return f"{engine.words} of {engine.path}", f"{baseline.words} of {baseline.path}"
+    return engine.words, "itself" if comparison.paired else "the one saved"
 
 
 def _known(clocks: Clocks, name: str) -> str:

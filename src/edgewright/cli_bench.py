@@ -7,14 +7,11 @@ import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from edgewright.cli_options import bundle_options, json_option
-
-if TYPE_CHECKING:
-    from edgewright.runtime.bench import Bench, Candidate, Selection
 
 __all__ = ["bench"]
 
@@ -89,26 +86,23 @@ def bench(
     run as it is, by onnxruntime or, with --backend, by openvino.
     """
     from edgewright.bench_report import bench_lines, progress_lines
-    from edgewright.runtime.bench import Selection, SetUp, candidates_of
+    from edgewright.runtime.bench import Selection, SetUp, baseline_of, candidates_of, read_bench, selections_for
     from edgewright.runtime.bench import bench as measured
     from edgewright.runtime.bench.machine import cores_here
 
     selection = Selection(backends, precisions, everything, trust)
-    candidates, notes = candidates_of(path, selection)
+    saved = vs is not None and vs.suffix == SAVED_SUFFIX
+    meant, *of_other = selections_for(selection, *([path] if vs is None or saved else [path, vs]))
+    candidates, notes = candidates_of(path, meant)
+    baseline = None if vs is None else read_bench(vs) if saved else baseline_of(vs, *of_other)
     cores = dict.fromkeys(count or cores_here() for count in threads)
     found = measured(
         candidates,
         [SetUp(batch, count, camera if preprocess else None) for count, batch in product(cores, batches)],
-        baseline=None if vs is None else _baseline(vs, selection),
+        baseline=baseline,
         seconds=seconds,
         force=force,
         notes=notes,
         say=lambda line: click.echo("\n".join(progress_lines(line)), err=True),
     )
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(bench_lines(found)))
-
-
-def _baseline(path: Path, selection: Selection) -> Candidate | Bench:
-    from edgewright.runtime.bench import baseline_of, read_bench
-
-    return read_bench(path) if path.suffix == SAVED_SUFFIX else baseline_of(path, selection)
