@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from math import prod
 from statistics import median
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..backends import Runner
+from ..device.memory import memory_here
 from ..errors import EdgewrightError, EngineError, InputError
 from ..latency import Clock
 from ..preprocess import COLOURS
@@ -21,6 +23,7 @@ from .results import SetUp
 __all__ = ["Run", "check_fits"]
 
 SEED = 7
+MOST_OF_MEMORY = 0.25  # what is between input and output is several times as large
 Array = NDArray[Any]
 
 
@@ -38,6 +41,21 @@ def check_fits(candidate: Candidate, setup: SetUp) -> None:
         raise InputError(
             f"{candidate.path} does not say how its images are preprocessed",
             "leave out --preprocess, or give a build folder or a bundle",
+        )
+
+
+    _check_memory(candidate, setup)
+
+
+def _check_memory(candidate: Candidate, setup: SetUp) -> None:
+    """Linux ends a process that takes more than there is; what it is fed is the part that is known beforehand."""
+    tensors = sum(prod(_sides(spec, setup.batch)) * np.dtype(spec.dtype).itemsize for spec in candidate.inputs)
+    images = 0 if setup.image is None else setup.batch * setup.image[0] * setup.image[1] * 3
+    memory = memory_here()
+    if memory is not None and tensors + images > memory.available * MOST_OF_MEMORY:
+        raise InputError(
+            f"the input of {setup} is {(tensors + images) / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB are available",
+            "choose a smaller --batch or --camera",
         )
 
 
@@ -106,9 +124,13 @@ class Run:
 
 def _tensor(spec: TensorSpec, batch: int, random: np.random.Generator) -> Array:
     """Normal numbers, as normalized images are; of integers 0 and 1, which are valid whatever they index."""
-    shape = tuple(batch if index == 0 and side is None else side for index, side in enumerate(spec.shape))
-    sides = [side for side in shape if side is not None]
+    sides = _sides(spec, batch)
     dtype = np.dtype(spec.dtype)
     if dtype.kind == "f":
         return random.standard_normal(sides, np.float32).astype(dtype, copy=False)
     return random.integers(0, 2, sides).astype(dtype)
+
+
+def _sides(spec: TensorSpec, batch: int) -> list[int]:
+    """The shape of an input whose batch alone is open."""
+    return [batch if side is None else side for side in spec.shape]

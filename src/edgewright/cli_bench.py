@@ -10,22 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from edgewright.cli_options import bundle_options, json_option
 
 __all__ = ["bench"]
 
 CAMERA = "1280x720"
+MOST_IMAGES, MOST_THREADS = 1024, 1024
 SAVED_SUFFIX = ".json"
 
 
-def _counts(least: int) -> Callable[..., Any]:
+def _counts(least: int, most: int) -> Callable[..., Any]:
     """A callback that reads whole numbers with commas between them, each once."""
 
     def parse(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
         words = [word.strip() for word in value.split(",")]
-        if not all(re.fullmatch(r"[0-9]{1,5}", word) and int(word) >= least for word in words):
-            raise click.BadParameter(f"{value!r} is not numbers from {least} on with commas between them")
+        if not all(re.fullmatch(r"[0-9]{1,9}", word) and least <= int(word) <= most for word in words):
+            raise click.BadParameter(f"{value!r} is not numbers from {least} to {most} with commas between them")
         return tuple(dict.fromkeys(map(int, words)))
 
     return parse
@@ -50,10 +52,10 @@ def _size(context: click.Context, parameter: click.Parameter, value: str) -> tup
 @click.option("--precision", "precisions", multiple=True, help="Instead of the recommended one; may be repeated.")
 @click.option("--all", "everything", is_flag=True, help="All engines of the build folder that run here.")
 @click.option(
-    "--batch", "batches", callback=_counts(1), default="1", show_default=True, metavar="N,…", help="Images per run."
+    "--batch", "batches", callback=_counts(1, MOST_IMAGES), default="1", show_default=True, metavar="N,…", help="Images per run."
 )
 @click.option(
-    "--threads", callback=_counts(0), default="0", show_default=True, metavar="N,…", help="CPU threads; 0: all cores."
+    "--threads", callback=_counts(0, MOST_THREADS), default="0", show_default=True, metavar="N,…", help="CPU threads; 0: all cores."
 )
 @click.option("--preprocess", is_flag=True, help="Begin each run with decoded images, not with tensors.")
 @click.option(
@@ -90,6 +92,8 @@ def bench(
     from edgewright.runtime.bench import bench as measured
     from edgewright.runtime.bench.machine import cores_here
 
+    if not preprocess and click.get_current_context().get_parameter_source("camera") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--camera says nothing without --preprocess")
     selection = Selection(backends, precisions, everything, trust)
     saved = vs is not None and vs.suffix == SAVED_SUFFIX
     meant, *of_other = selections_for(selection, *([path] if vs is None or saved else [path, vs]))
