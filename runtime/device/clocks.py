@@ -78,7 +78,7 @@ def clocks_here(root: Path = ROOT, *, gpu: bool = False) -> Clocks:
     def asked(name: str, probe: Callable[[Path], T]) -> T | None:
         try:
             return probe(root)
-        except (_UnreadError, OSError, ValueError) as error:
+        except (_UnreadError, OSError, ValueError, IndexError) as error:
             unread[name] = " ".join(str(error).split()) or type(error).__name__
             return None
 
