@@ -43,7 +43,6 @@ def check_fits(candidate: Candidate, setup: SetUp) -> None:
             "leave out --preprocess, or give a build folder or a bundle",
         )
 
-
     _check_memory(candidate, setup)
 
 

@@ -17,6 +17,7 @@ from edgewright.cli_options import bundle_options, json_option
 __all__ = ["bench"]
 
 CAMERA = "1280x720"
+EXAMPLE = "\b\nExample:\n  edgewright bench build/lenet --precision fp32 --precision int8 --batch 1,8"
 MOST_IMAGES, MOST_THREADS = 1024, 1024
 SAVED_SUFFIX = ".json"
 
@@ -40,7 +41,13 @@ def _size(context: click.Context, parameter: click.Parameter, value: str) -> tup
     return int(found[1]), int(found[2])
 
 
-@click.command(epilog="Example: edgewright bench build/lenet --precision int8 --precision fp32 --batch 1,8 --threads 2")
+def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if value != value:  # a range lets NaN through
+        raise click.BadParameter("nan is no number")
+    return value
+
+
+@click.command(epilog=EXAMPLE)
 @click.argument("path", type=click.Path(path_type=Path), metavar="BUILD|BUNDLE|ENGINE|FILE.onnx")
 @click.option(
     "--vs",
@@ -52,10 +59,21 @@ def _size(context: click.Context, parameter: click.Parameter, value: str) -> tup
 @click.option("--precision", "precisions", multiple=True, help="Instead of the recommended one; may be repeated.")
 @click.option("--all", "everything", is_flag=True, help="All engines of the build folder that run here.")
 @click.option(
-    "--batch", "batches", callback=_counts(1, MOST_IMAGES), default="1", show_default=True, metavar="N,…", help="Images per run."
+    "--batch",
+    "batches",
+    callback=_counts(1, MOST_IMAGES),
+    default="1",
+    show_default=True,
+    metavar="N,…",
+    help="Images per run.",
 )
 @click.option(
-    "--threads", callback=_counts(0, MOST_THREADS), default="0", show_default=True, metavar="N,…", help="CPU threads; 0: all cores."
+    "--threads",
+    callback=_counts(0, MOST_THREADS),
+    default="0",
+    show_default=True,
+    metavar="N,…",
+    help="CPU threads; 0: all cores.",
 )
 @click.option("--preprocess", is_flag=True, help="Begin each run with decoded images, not with tensors.")
 @click.option(
@@ -69,6 +87,7 @@ def _size(context: click.Context, parameter: click.Parameter, value: str) -> tup
 @click.option(
     "--seconds",
     type=click.FloatRange(0, 3600),
+    callback=_number,
     default=3.0,
     show_default=True,
     help="For each engine in each set-up, warm-up apart.",

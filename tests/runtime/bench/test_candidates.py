@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from edgewright.runtime.backends import BACKENDS, Absence
-from edgewright.runtime.bench import Candidate, Selection, baseline_of, candidates_of, selections_for
+from edgewright.runtime.bench import Selection, baseline_of, candidates_of, selections_for
 from edgewright.runtime.errors import BundleError, EngineError
 from timed_engines import identity_onnx
-from toy_build import LABELS, engine, put_engine, put_report
+from toy_build import engine, put_engine, put_report
 
 
 @pytest.fixture
@@ -68,7 +66,10 @@ def test_an_engine_file_is_that_engine(build: Path) -> None:
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ({"backends": ("tensorrt",)}, "has no tensorrt engine, it has onnxruntime fp32, onnxruntime int8, openvino int8"),
+        (
+            {"backends": ("tensorrt",)},
+            "has no tensorrt engine, it has onnxruntime fp32, onnxruntime int8, openvino int8",
+        ),
         ({"precisions": ("fp16",)}, "has no fp16 engine"),
         ({"backends": ("openvino",), "precisions": ("fp32",)}, "has no openvino fp32 engine"),
     ],
@@ -111,7 +112,7 @@ def test_what_cannot_run_here_is_left_out_with_its_reason(build: Path, monkeypat
 def test_a_bundle(bundle: Path, device_cache: Path) -> None:
     found, _ = candidates_of(bundle, Selection(trust={"cache": device_cache}))
     assert [each.words for each in found] == ["onnxruntime fp32"]
-    with pytest.raises(EngineError, match="no int8 engine of .* is proven on this device; run edgewright build"):
+    with pytest.raises(EngineError, match=r"no int8 engine of .* is proven on this device; run edgewright build"):
         names(bundle, precisions=("int8",), trust={"cache": device_cache})
     (bundle / "more").write_bytes(b"")
     with pytest.raises(BundleError, match="more is not in the bundle's manifest"):
@@ -170,7 +171,10 @@ def test_each_path_takes_what_says_something_about_it(build: Path, bundle: Path,
     of_file, of_folder = selections_for(asked, file, bundle)
     assert of_file == Selection(("onnxruntime",))
     assert of_folder == asked
-    assert selections_for(Selection(("onnxruntime",)), build / "engines" / "onnxruntime-fp32.onnx", build)[0] == Selection()
+    assert (
+        selections_for(Selection(("onnxruntime",)), build / "engines" / "onnxruntime-fp32.onnx", build)[0]
+        == Selection()
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,5 +187,5 @@ def test_each_path_takes_what_says_something_about_it(build: Path, bundle: Path,
     ids=["precision", "all", "trust"],
 )
 def test_what_says_nothing_is_refused(tmp_path: Path, selection: Selection, said: str) -> None:
-    with pytest.raises(EngineError, match=f"{said} about .*net.onnx"):
+    with pytest.raises(EngineError, match=rf"{said} about .*net\.onnx"):
         candidates_of(identity_onnx(tmp_path / "net.onnx"), selection)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.signal import lfilter
 
 from edgewright.runtime.bench import Distribution, Result, SetUp
 from edgewright.runtime.bench.comparing import unpaired
@@ -20,9 +21,7 @@ def result(samples: NDArray[np.float64]) -> Result:
 
 def spells(random: np.random.Generator, median: float, n: int) -> NDArray[np.float64]:
     """Times that follow each other in slow and fast spells: log-normal, with an autocorrelation of 0.8."""
-    noise = random.normal(size=n)
-    for i in range(1, n):
-        noise[i] = 0.8 * noise[i - 1] + 0.6 * noise[i]
+    noise = lfilter([0.6], [1, -0.8], random.normal(size=n + 100))[100:]
     return np.asarray(median * np.exp(0.1 * noise))
 
 
