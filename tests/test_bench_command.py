@@ -208,11 +208,31 @@ def test_a_restless_machine_is_warned_of(cv: float, warned: bool) -> None:
     assert ("warning: latency is unstable" in text(found)) is warned
 
 
+@pytest.mark.parametrize(
+    ("low", "ratio", "high", "verdict"),
+    [
+        (0.80, 0.81, 0.82, "faster, 1.23 x the speed"),
+        (0.80, 0.81, 0.999, "faster, 1.23 x the speed"),
+        (0.80, 0.90, 1.001, "no difference can be told"),
+        (0.985, 0.986, 0.987, "faster, 1.01 x the speed"),
+        (0.991, 0.992, 0.993, "equally fast, within 1 %"),
+        (0.999, 1.0, 1.02, "no difference can be told"),
+        (1.2, 1.25, 1.3, "slower, 0.80 x the speed"),
+    ],
+)
+def test_verdicts(low: float, ratio: float, high: float, verdict: str) -> None:
+    engines = FakeEngines()
+    found = engines.bench(engines.engine("a", 4), engines.engine("b", 4))
+    (comparison,) = found.comparisons
+    found = replace(found, comparisons=(replace(comparison, low=low, ratio=ratio, high=high),))
+    assert " ".join(text(found).split()).endswith(f"13 pairs): {verdict}")
+
+
 def test_what_cannot_be_told_and_what_is_not_alike() -> None:
     engines = FakeEngines()
     found = engines.bench(engines.engine("a", 4), engines.engine("b", 4))
     (comparison,) = found.comparisons
-    assert text(found).endswith("no difference can be told")
+    assert text(found).endswith("equally fast, within 1 %")
     found = replace(found, comparisons=(replace(comparison, unlike=("here x, there y",), high=1.1, confidence=0.5),))
     words = " ".join(text(found).split())
     assert words.endswith("no difference can be told; not alike: here x, there y")

@@ -14,6 +14,10 @@ from .results import Machine, Result
 
 __all__ = ["Comparison", "check_alike", "paired", "settings_unlike", "shapes_unlike", "unpaired"]
 
+FEWEST_RUNS = 7
+"""From there on the whole range holds the median with 97.5 %: 1 − 2 / 2⁷ = 0.984."""
+NEGLIGIBLE = 0.01  # docs/bench.md, "How it measures"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -34,6 +38,11 @@ class Comparison:
     paired: bool
     rounds: int | None
     unlike: tuple[str, ...] = ()
+
+    @property
+    def equal(self) -> bool:
+        """Whether the two are as fast as each other, as nearly as can be told: two loads of one engine differ as much."""
+        return 1 - NEGLIGIBLE <= self.low and self.high <= 1 + NEGLIGIBLE
 
     @property
     def decided(self) -> bool:
@@ -88,10 +97,6 @@ def unpaired(engine: Result, baseline: Result, unlike: tuple[str, ...] = ()) -> 
         None,
         unlike,
     )
-
-
-FEWEST_RUNS = 7
-"""From there on the whole range holds the median with 97.5 %: 1 − 2 / 2⁷ = 0.984."""
 
 
 def check_alike(unlike: Sequence[str], *, force: bool) -> tuple[str, ...]:

@@ -86,15 +86,22 @@ def comparison_line(comparison: Comparison) -> str:
     interval = f"{comparison.low:.3f} to {comparison.high:.3f}"
     sure = f"{100 * min(comparison.confidence, 0.95):.0f} % interval" if comparison.confidence else "range"
     engine, baseline = _names(comparison)
-    verdict = f"{'faster' if comparison.ratio < 1 else 'slower'}, {1 / comparison.ratio:.2f} x the speed"
     parts = [
         f"{comparison.engine.setup}: {engine} takes {comparison.ratio:.3f} x the time of {baseline} ({sure} {interval}",
         f", {comparison.rounds} pairs): " if comparison.paired else ", of separate medians): ",
-        verdict if comparison.decided else "no difference can be told",
+        _verdict(comparison),
         "" if comparison.paired else "; not measured in turns, so whatever else changed in between counts as well",
         f"; not alike: {'; '.join(comparison.unlike)}" if comparison.unlike else "",
     ]
     return "".join(parts)
+
+
+def _verdict(comparison: Comparison) -> str:
+    if comparison.equal:
+        return "equally fast, within 1 %"
+    if not comparison.decided:
+        return "no difference can be told"
+    return f"{'faster' if comparison.ratio < 1 else 'slower'}, {1 / comparison.ratio:.2f} x the speed"
 
 
 def _names(comparison: Comparison) -> tuple[str, str]:
