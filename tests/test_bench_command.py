@@ -14,7 +14,8 @@ from command import Command
 from contract import BENCH_DOCUMENT, ERROR_DOCUMENT, differences
 from edgewright.bench_report import bench_lines
 from edgewright.runtime import latency
-from edgewright.runtime.bench import Bench
+from edgewright.runtime.bench import Bench, machine
+from fake_gpu import FakeGpu
 from timed_engines import FakeEngines, identity_onnx
 from toy_build import put_engine, put_report
 
@@ -81,6 +82,29 @@ def test_preprocessing_from_images_of_the_cameras_size(command: Command, build: 
     (result,) = document["results"]
     assert result["preprocessing"]["image"] == [640, 480]
     assert 0 < result["preprocessing"]["p50_ms"] < result["latency_ms"]["max"]
+
+
+def test_more_threads_than_cores_are_noted(command: Command, build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cores_here", lambda: 1)
+    assert command("bench", build, "--seconds", "0", "--json").document["notes"] == []
+    document = command("bench", build, "--seconds", "0", "--threads", "0,2", "--json").document
+    assert [result["latency_ms"]["threads"] for result in document["results"]] == [1, 2]
+    assert document["notes"] == ["more threads (2) than cores (1)"]
+
+
+def test_an_engine_on_a_gpu(command: Command, bundle: Path, device_cache: Path, gpu: FakeGpu) -> None:
+    """A fake GPU with a fake TensorRT: what runs, runs on the processor."""
+    assert command("build", bundle, "--cache", device_cache, "--backend", "tensorrt").code == 0
+    options = ("--cache", device_cache, "--precision", "int8", *NOW)
+    done = command("bench", bundle, *options)
+    assert done.code == 0, done
+    assert "GPU: Orin, sm87, MHz not known" in done.out
+    assert "Engine: tensorrt int8" in done.out
+    document = command("bench", bundle, *options, "--json").document
+    assert list(differences(document, BENCH_DOCUMENT)) == []
+    assert document["machine"]["gpu"] == "Orin, sm87"
+    error = command("bench", bundle, *options, "--batch", "9").error
+    assert re.search(r"tensorrt int8 of .* takes batches from \d+ to \d+, asked for was 9; give one in between", error)
 
 
 def test_against_another_engine(command: Command, build: Path) -> None:

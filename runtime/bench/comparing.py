@@ -41,8 +41,8 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        """Whether the two are as fast as each other, as nearly as can be told: two loads of one engine differ as much."""
-        return 1 - NEGLIGIBLE <= self.low and self.high <= 1 + NEGLIGIBLE
+        """Whether they differ by no more than two loads of one engine may."""
+        return max(1 - self.low, self.high - 1) <= NEGLIGIBLE
 
     @property
     def decided(self) -> bool:

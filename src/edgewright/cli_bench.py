@@ -118,14 +118,15 @@ def bench(
     meant, *of_other = selections_for(selection, *([path] if vs is None or saved else [path, vs]))
     candidates, notes = candidates_of(path, meant)
     baseline = None if vs is None else read_bench(vs) if saved else baseline_of(vs, *of_other)
-    cores = dict.fromkeys(count or cores_here() for count in threads)
+    counts = dict.fromkeys(count or cores_here() for count in threads)
+    crowded = [f"more threads ({count}) than cores ({cores_here()})" for count in counts if count > cores_here()]
     found = measured(
         candidates,
-        [SetUp(batch, count, camera if preprocess else None) for count, batch in product(cores, batches)],
+        [SetUp(batch, count, camera if preprocess else None) for count, batch in product(counts, batches)],
         baseline=baseline,
         seconds=seconds,
         force=force,
-        notes=notes,
+        notes=[*notes, *crowded],
         say=lambda line: click.echo("\n".join(progress_lines(line)), err=True),
     )
     click.echo(json.dumps(found.to_json(), indent=1) if as_json else "\n".join(bench_lines(found)))
