@@ -13,6 +13,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 EXAMPLES: dict[str, str] = {
     "audit": "edgewright audit build/mobilenet_effnet_b0/onnxruntime-int8.onnx",
+    "bench": "edgewright bench build/lenet --precision fp32 --precision int8 --batch 1,8",
     "blame": "edgewright blame mobilenet_effnet_b0 --dialect tensorrt",
     "build": "edgewright build resnet50 --calibration photos --backend openvino",
     "calibrate": "edgewright calibrate resnet50 --calibration photos --method entropy",
