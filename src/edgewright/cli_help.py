@@ -30,7 +30,7 @@ EXAMPLES: dict[str, str] = {
     "quantize": "edgewright quantize mobilenet_effnet_b0 --method percentile-99.9",
     "run": "edgewright run photo.jpg --model mobilenet_effnet_b0 --top 3",
     "train": "edgewright train lenet --epochs 2",
-    "unpack": "edgewright unpack mobilenet_effnet_b0.edgewright --require-signature release.pub",
+    "unpack": "edgewright unpack lenet.edgewright --require-signature release.pub",
     "verify": "edgewright verify mobilenet_effnet_b0 --max-drop 0.1",
 }
 """By the command's words."""
