@@ -11,8 +11,6 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewright.runtime.preprocess import Preprocess
-
 __all__ = ["ALIASED", "SMALLEST", "aliasing_evidence", "fine_share"]
 
 ALIASED = 0.12

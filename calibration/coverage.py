@@ -26,10 +26,10 @@ def coverage(classes: NDArray[np.int64], labels: Sequence[str]) -> Finding:
     fact = f"{len(classes):,} images of {seen:,} of the {len(labels):,} classes"
     if len(classes) < len(labels):
         return Finding("classes", OK, (f"{fact}: too few images to show all",), "", figures)
-    missing = [labels[index] for index in np.flatnonzero(counts == 0)]
+    missing = [labels[index] for index in np.flatnonzero(counts == 0).tolist()]
     few = [
         f"{labels[index]} ({counts[index]})"
-        for index in np.flatnonzero((counts > 0) & (counts < FEW * len(classes) / len(labels)))
+        for index in np.flatnonzero((counts > 0) & (counts < FEW * len(classes) / len(labels))).tolist()
     ]
     evidence = [fact]
     evidence += [f"no image of {_are(missing)}: {named(missing)}"] if missing else []
@@ -50,7 +50,7 @@ def predicted_coverage(logits: NDArray[np.float32], labels: Sequence[str]) -> Fi
     most = int(counts.argmax())
     fact = f"no labels; the network predicts {seen:,} of its {len(labels):,} classes for {images:,} images"
     figures = {"source": "predictions", "classes": len(labels), "seen": seen, "counts": counts.tolist()}
-    missing = [labels[index] for index in np.flatnonzero(counts == 0)]
+    missing = [labels[index] for index in np.flatnonzero(counts == 0).tolist()]
     if images < len(labels) or not missing:
         one = len(labels) > 1 and images > 1 and seen == 1
         if one:

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["OK", "PROBLEM", "VERDICTS", "WARNING", "Finding", "named", "worst"]
+__all__ = ["NAMED", "OK", "PROBLEM", "VERDICTS", "WARNING", "Finding", "named", "worst"]
 
 OK, WARNING, PROBLEM = VERDICTS = ("ok", "warning", "problem")
 """From best to worst. A problem makes what is calibrated or judged with these images wrong; a warning may."""
 NAMED = 3
+"""So many images are named in a sentence; `figures` name them all."""
 
 
 @dataclass(frozen=True)

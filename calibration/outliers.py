@@ -24,6 +24,8 @@ On EfficientNet-Lite0 500 photographs reach 0.4 … 1.6; images of one colour 3.
 2.6, noise and a picture whose lower nine tenths are missing 2.1; one whose lower half is missing is not told.
 """
 NORMAL_MAD = 1.4826  # standard deviation by median absolute deviation of a normal distribution
+FEWEST_ACTIVATIONS = 16
+"""That tell anything; the median of fewer is moved by chance."""
 MANY = 0.1
 """Share of the images from which on outliers are a problem of the set."""
 
@@ -49,7 +51,7 @@ def unusual(magnitudes: NDArray[np.float32]) -> NDArray[np.float64]:
     distances = np.abs(logarithms - np.median(logarithms, axis=0))
     deviation = NORMAL_MAD * np.median(distances, axis=0)
     telling = deviation > np.finfo(np.float32).eps
-    if not telling.any():
+    if telling.sum() < FEWEST_ACTIVATIONS:
         return np.zeros(len(magnitudes))
     scores: NDArray[np.float64] = np.median(distances[:, telling] / deviation[telling], axis=1)
     return scores
@@ -64,6 +66,7 @@ def outliers(names: Sequence[str], contrasts: NDArray[np.float64], magnitudes: N
     faint = np.flatnonzero(contrasts < FAINT)
     far = np.setdiff1d(np.flatnonzero(scores > FAR), faint)
     far = far[np.argsort(-scores[far], kind="stable")]
+    blank, strange = faint.tolist(), far.tolist()
     if not len(faint) and not len(far):
         return Finding(
             "outliers",
@@ -75,10 +78,10 @@ def outliers(names: Sequence[str], contrasts: NDArray[np.float64], magnitudes: N
         )
     evidence = []
     if len(faint):
-        shown = named([f"{names[index]} ({contrasts[index]:.1f})" for index in faint])
+        shown = named([f"{names[index]} ({contrasts[index]:.1f})" for index in blank])
         evidence.append(f"nearly one colour, standard deviation of the pixels below {FAINT:.0f} of 255: {shown}")
     if len(far):
-        shown = named([f"{names[index]} ({scores[index]:.1f})" for index in far])
+        shown = named([f"{names[index]} ({scores[index]:.1f})" for index in strange])
         evidence.append(f"activations more than {FAR:.0f} standard deviations from the usual ones: {shown}")
     return Finding(
         "outliers",
@@ -86,7 +89,7 @@ def outliers(names: Sequence[str], contrasts: NDArray[np.float64], magnitudes: N
         tuple(evidence),
         "look at them; take out what the network will not be shown",
         {
-            "faint": [{"image": names[index], "contrast": float(contrasts[index])} for index in faint],
-            "unusual": [{"image": names[index], "deviations": float(scores[index])} for index in far],
+            "faint": [{"image": names[index], "contrast": float(contrasts[index])} for index in blank],
+            "unusual": [{"image": names[index], "deviations": float(scores[index])} for index in strange],
         },
     )

@@ -43,7 +43,7 @@ class Signature:
 class Signatures:
     """Of the images of a set that can be read.
 
-    * readable: their indices in the set, int64 `[K]`; names: of all of its images
+    * readable: their indices in the set, int64 `[K]`; names: of all of its images, relative to its folder
     * pixels: SHA-256 of each, `K` of them; looks: bool `[K, 256]`
     * unreadable: what is wrong with the others, by index
     """
@@ -85,11 +85,15 @@ def signatures(
         progress(index + 1)
     return Signatures(
         readable=np.array(list(found), np.int64),
-        names=tuple(images.image_name(index) for index in range(len(images))),
+        names=tuple(_name(images, index) for index in range(len(images))),
         pixels=tuple(one.pixels for one in found.values()),
         looks=np.array([one.looks for one in found.values()], bool).reshape(-1, HASH_BITS),
         unreadable=unreadable,
     )
+
+
+def _name(images: ImageSet, index: int) -> str:
+    return images.image_name(index).removeprefix(f"{images.name}{os.sep}")
 
 
 def _results(images: ImageSet, preprocess: Preprocess) -> Iterator[Signature | DataError]:

@@ -5,14 +5,15 @@ Labels, where there are any, are counted and nothing else: no check looks whethe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgewright.calibration.findings import OK, PROBLEM, WARNING, Finding, named, worst
+from edgewright.calibration.findings import NAMED, OK, PROBLEM, WARNING, Finding, worst
 from edgewright.calibration.glimpse import Glimpse
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration.stream import batches
@@ -72,7 +73,7 @@ def check_calibration(
     threads: int = 0,
     progress: Progress = lambda what, done, total: None,
 ) -> CalibrationCheck:
-    """Of calibration `images` for a network with the classes `labels`, "" or none if it has no logits.
+    """Of calibration `images` for a network with the classes `labels`, none if it gives no logits.
 
     * exported: the graph with batch normalization visible; folded: the one that is calibrated
     * evaluation: what will judge the engines, to be compared with `images`
@@ -84,10 +85,10 @@ def check_calibration(
     from edgewright.calibration.outliers import outliers
 
     own = _signatures(images, preprocess, "hash calibration images", progress)
-    judging = evaluation and _signatures(evaluation, preprocess, "hash evaluation images", progress)
+    judging = None if evaluation is None else _signatures(evaluation, preprocess, "hash evaluation images", progress)
     if not len(own.readable):
         raise DataError(
-            f"none of {len(images)} calibration images can be read: {own.unreadable[0]}", "give photographs"
+            f"none of {len(images)} calibration images can be read; the first: {own.unreadable[0]}", "give photographs"
         )
     readable = images.subset(own.readable)
     seen = _seen(folded, readable, preprocess, threads, progress)
@@ -108,7 +109,7 @@ def check_calibration(
 class _Seen:
     """What one pass of all images through the network left, in the order of the images.
 
-    * quarters: tables of random quarters; of fewer than four images there are fewer
+    * quarters: tables of random quarters, as large as each other but for one image; fewer of fewer than four images
     * contrasts: `[N]`; magnitudes: of the largest value of each activation, `[N, T]`; logits: `[N, classes]`
     * glimpse: preprocessed images, `[K, C, H, W]`
     """
@@ -133,24 +134,26 @@ def _seen(folded: ir.Model, images: ImageSet, preprocess: Preprocess, threads: i
     from edgewright.calibration.outliers import contrast
 
     order = np.random.default_rng(ORDER_SEED).permutation(len(images))
-    size = max(1, min(batch_size(folded), len(images) // QUARTERS))
-    watched = WatchedGraph(folded, threads=threads)
-    tallies = [Tally(watched.names) for _ in range(QUARTERS)]
+    parts = [order[quarter::QUARTERS] for quarter in range(min(QUARTERS, len(images)))]
+    watched, size = WatchedGraph(folded, threads=threads), batch_size(folded)
+    tallies = [Tally(watched.names) for _ in parts]
     (output,) = (str(value.name) for value in folded.graph.outputs)
     glimpse = Glimpse(len(images))
     contrasts, magnitudes, logits = [], [], []
     done = 0
-    for number, batch in enumerate(glimpse.watched(batches(images.subset(order), preprocess, size))):
+    stream = itertools.chain.from_iterable(batches(images.subset(part), preprocess, size) for part in parts)
+    for batch in glimpse.watched(stream):
+        tally = next(tally for tally, part in zip(tallies, parts, strict=True) if tally.samples < len(part))
         seen = watched(batch, done + 1)
-        tallies[number % QUARTERS].add(seen)
+        tally.add(seen)
         contrasts.append(contrast(batch, preprocess.std))
         magnitudes.append(_magnitudes(seen.values()))
         logits.append(seen[output][0])
         done += len(batch)
         progress("watch activations", done, len(images))
-    back = np.argsort(order)
+    back = np.argsort(np.concatenate(parts))
     return _Seen(
-        tuple(tally.table({}) for tally in tallies if tally.samples),
+        tuple(tally.table({}) for tally in tallies),
         np.concatenate(contrasts)[back],
         np.concatenate(magnitudes)[back],
         np.concatenate(logits)[back],
@@ -172,7 +175,7 @@ def _files(own: Signatures, judging: Signatures | None) -> Finding:
     return Finding(
         "files",
         PROBLEM,
-        (f"{len(broken)} of {total:,} cannot be read: {named(broken)}",),
+        (f"{len(broken)} of {total:,} cannot be read: {'; '.join(broken[:NAMED])}",),
         "replace or remove them: calibration stops at the first",
         {"unreadable": broken},
     )

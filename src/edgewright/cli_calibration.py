@@ -27,9 +27,7 @@ def calibration() -> None:
     """Looks at calibration images."""
 
 
-@calibration.command(
-    epilog="Example: edgewright calibration check photographs --model resnet50 --evaluation labelled"
-)
+@calibration.command(epilog="Example: edgewright calibration check photographs --model resnet50 --evaluation labelled")
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @click.option("--evaluation", type=click.Path(path_type=Path), metavar="DIR", help="What will judge the engines.")
 @method_option
