@@ -27,9 +27,11 @@ Chooser = Callable[[CalibrationTable], Mapping[str, Range]]
 
 QUARTERS = 4
 ENOUGH_DB = 0.2
-"""Mean over the activations. On EfficientNet-B0 (Fashion-MNIST) doublings to 16, 32, 64, 128, 256 images save 1.6,
-0.8, 0.5, 0.3, 0.1 dB; INT8 logits of 1,000 other images have an SQNR of 21.5, 20.6, 20.1, 24.0, 23.8 dB. On EfficientNet-Lite0
-doublings to 16, 24, 64, 134, 250 photographs save 1.2, 0.8, 0.2, 0.1, 0.04 dB.
+"""Mean over the activations.
+
+On EfficientNet-B0 (Fashion-MNIST) doublings to 16, 32, 64, 128, 256 images save 1.6, 0.8, 0.5, 0.3, 0.1 dB; INT8 logits
+of 1,000 other images have an SQNR of 21.5, 20.6, 20.1, 24.0, 23.8 dB. On EfficientNet-Lite0 doublings to 16, 24, 64,
+134, 250 photographs save 1.2, 0.8, 0.2, 0.1, 0.04 dB.
 """
 SLOWEST, FASTEST = 0.5, 2.0
 """Exponents by which the cost may fall with the number of images: where an error falls like 1/√n, its square falls like
