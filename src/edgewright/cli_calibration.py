@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgewright.cli_options import graph_options, method_option, network_options, threads_option
+from edgewright.cli_options import detail_wanted, graph_options, method_option, network_options, threads_option
 from edgewright.runtime.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def calibration() -> None:
     """Looks at calibration images."""
 
 
-@calibration.command(epilog="Example: edgewright calibration check photographs --model resnet50 --evaluation labelled")
+@calibration.command()
 @click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
 @click.option("--evaluation", type=click.Path(path_type=Path), metavar="DIR", help="What will judge the engines.")
 @method_option
@@ -52,7 +52,7 @@ def check(
     options = replace(
         graph_options(**source), calibration=directory, evaluation=evaluation, method=method, threads=threads
     )
-    with ConsoleObserver() as observer:
+    with ConsoleObserver(detail_wanted()) as observer:
         pipeline = Pipeline(options, observer)
         with pipeline.workspace.locked():
             found = _checked(pipeline)

@@ -258,7 +258,7 @@ def source_options(command: Command) -> Command:
 
 def network_options(command: Command) -> Command:
     """Those of `source_options` for a command whose argument is not the network: it is `--model`."""
-    return _decorated(command, (model_option, *NETWORK_OPTIONS, *GRAPH_OPTIONS, json_option))
+    return _decorated(command, (model_option, *NETWORK_OPTIONS, *GRAPH_OPTIONS, *DETAIL_OPTIONS, json_option))
 
 
 def run_options(command: Command) -> Command:
