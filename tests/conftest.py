@@ -20,6 +20,7 @@ from edgewright.export.models import MODELS
 from edgewright.export.resolve import resolve
 from edgewright.outcome import Outcome
 from edgewright.pipeline import Options, Pipeline
+from edgewright.runtime.gates import MaxDrop
 from edgewright.workspace import source_hash
 from stage_modules import replace_in_stages
 from tiny_network import PREPROCESS, TINY_MODELS, place_by_rules, write_images
@@ -116,7 +117,11 @@ def finished_gpu(shared_images: Images, tmp_path_factory: pytest.TempPathFactory
 def _proven(model: str, build_dir: Path, images: Images, **options: Any) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, model, TINY_MODELS[model])
-        given: dict[str, Any] = {"calibration": images.calibration, "evaluation": images.evaluation, "budget": BUDGET}
+        given: dict[str, Any] = {
+            "calibration": images.calibration,
+            "evaluation": images.evaluation,
+            "gates": (MaxDrop(BUDGET),),
+        }
         stages = Pipeline(Options(model, build_dir=build_dir, **given, **options))
         with stages.workspace.locked():
             return stages.prove()

@@ -17,8 +17,8 @@ from edgewright.calibration.collect import collect
 from edgewright.optimize.dialects import Quantizer
 from edgewright.optimize.repairs import Repairs
 from edgewright.optimize.segments import logits_of
-from edgewright.runtime.errors import QuantizationError
 from edgewright.rungs import Ground, corrected, equalized, finetuned, loosely_equalized
+from edgewright.runtime.errors import QuantizationError
 from mixed_network import network, photographs, quantizer_of
 from textual_graphs import graph, normal
 

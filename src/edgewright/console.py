@@ -16,7 +16,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from edgewright.outcome import Outcome
-from edgewright.report import engine_table, remarks, stage_line, verdict_line
+from edgewright.report import engine_table, remarks, stage_line
+from edgewright.verdict_report import outcome_evidence, verdict_line
 from edgewright.workspace import Observer, StageRun
 
 __all__ = ["ConsoleObserver", "print_audit", "print_listing", "print_outcome"]
@@ -103,7 +104,7 @@ class _DelayedBar:
 
 
 def print_outcome(outcome: Outcome, folder: Path) -> None:
-    """The table, the remarks and the verdict line, on stdout."""
+    """The table, the remarks, the numbers behind the verdict and the verdict line, on stdout."""
     console = Console(highlight=False)
     table = engine_table(outcome)
     wanted = console.measure(table, options=console.options.update(width=WIDEST_TABLE)).maximum
@@ -111,7 +112,7 @@ def print_outcome(outcome: Outcome, folder: Path) -> None:
     console.print(table)
     console.print()
     plain = Console(highlight=False, soft_wrap=True)
-    for line in remarks(outcome):
+    for line in (*remarks(outcome), *outcome_evidence(outcome)):
         plain.print(line, markup=False)
     plain.print(verdict_line(outcome, str(folder)), markup=False, style="bold")
 

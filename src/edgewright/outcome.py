@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edgewright.runtime.audit import Traffic, in_words, traffic
+from edgewright.runtime.figures import Figures
 from edgewright.runtime.latency import Latency
-from edgewright.runtime.parity import Parity, Verdict
+from edgewright.runtime.parity import Parity
 from edgewright.runtime.specs import EngineInfo
+from edgewright.runtime.verdict import Verdict
 from edgewright.workspace import StageRun
 
 __all__ = ["EngineRow", "Outcome", "Reference", "TargetChoice", "conclusion", "target_choices"]
@@ -32,6 +34,12 @@ class EngineRow:
     parity: Parity | None = None
     verdict: Verdict | None = None
     latency: Latency | None = None
+    figures: Figures | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as "tensorrt-rtx int8 sm86"."""
+        return " ".join(word for word in (self.backend, self.precision, self.target) if word)
 
     @property
     def ran(self) -> bool:
@@ -82,6 +90,13 @@ class Outcome:
     targets: tuple[TargetChoice, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def decisive(self) -> EngineRow | None:
+        """The row that speaks for the run: recommended, else undecided, else what lost least; None if none ran."""
+        undecided = [row for row in self.rows if row.status == "undecided"]
+        over = [row for row in self.rows if row.status == "over_budget" and row.parity is not None]
+        return self.recommended or next(iter(undecided), None) or min(over, key=_lost, default=None)
+
 
 def conclusion(rows: Sequence[EngineRow]) -> tuple[str, EngineRow | None]:
     """The verdict of the best row, and the fastest row that passes.
@@ -100,6 +115,10 @@ def conclusion(rows: Sequence[EngineRow]) -> tuple[str, EngineRow | None]:
     ran = any(row.status == "over_budget" for row in rows)
     built = any(row.status in ("simulated", "built_not_run") and row.reason_code != "fail" for row in rows)
     return ("inconclusive" if built and not ran else "fail"), None
+
+
+def _lost(row: EngineRow) -> float:
+    return 1.0 if row.parity is None else row.parity.loss
 
 
 def target_choices(rows: Sequence[EngineRow]) -> tuple[TargetChoice, ...]:
