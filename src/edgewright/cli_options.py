@@ -24,6 +24,7 @@ __all__ = [
     "cache_option",
     "graph_options",
     "json_option",
+    "junit_option",
     "pipeline_options",
     "rebuild_option",
     "run_options",
@@ -37,6 +38,12 @@ Decorator = Callable[[Any], Any]
 BUNDLE_ONLY = ("require_signature", "allow_older", "cache", "rebuild")
 """Parameters that mean something for a bundle alone."""
 
+junit_option = click.option(
+    "--junit",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also as JUnit XML, for CI systems.",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
 
 
