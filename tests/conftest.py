@@ -25,7 +25,7 @@ from edgewright.workspace import source_hash
 from stage_modules import replace_in_stages
 from tiny_network import PREPROCESS, TINY_MODELS, place_by_rules, write_images
 
-pytest_plugins = ["cuda_objects", "device_fixtures", "own_process"]
+pytest_plugins = ["pytester", "cuda_objects", "device_fixtures", "own_process"]
 
 BUDGET = 0.08  # with 60 images of which none is lost the upper bound is 0.06
 

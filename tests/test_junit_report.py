@@ -169,18 +169,23 @@ def test_an_error_ends_in_the_file_too(tmp_path: Path) -> None:
     assert error_case(DataError("a", "b")).result == "error"
 
 
-def test_nothing_is_written_where_nothing_was_asked_or_done(tmp_path: Path) -> None:
+def test_nothing_is_written_where_nothing_was_asked() -> None:
     with reported_to(None, "m") as keep:
         keep([Case("a", None, "", "")])
+
+
+def test_what_a_run_before_left_does_not_stand_for_one_that_is_interrupted(tmp_path: Path) -> None:
+    write_junit(tmp_path / "j.xml", "edgewright.m", [Case("a", None, "", "")])
     with pytest.raises(KeyboardInterrupt), reported_to(tmp_path / "j.xml", "m"):
         raise KeyboardInterrupt
-    assert list(tmp_path.iterdir()) == []
+    assert written(tmp_path / "j.xml").get("tests") == "0"
 
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(WorkspaceError, match=r"j\.xml"):
-        write_junit(tmp_path / "file" / "j.xml", "s", [])
+        with reported_to(tmp_path / "file" / "j.xml", "m"):
+            raise AssertionError("before the stages")
 
 
 # --- The command -------------------------------------------------------------------------------------------------

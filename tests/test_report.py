@@ -282,7 +282,7 @@ def test_the_last_line_names_the_engine_to_take(capsys: pytest.CaptureFixture[st
                 row("onnxruntime", "int8", "over_budget", lost=900),
                 verdict="fail",
             ),
-            "FAIL: no engine passes; the closest, onnxruntime int8, loses at least ",
+            "FAIL: no engine passes; the closest is onnxruntime int8: loses at least ",
         ),
         (
             outcome_of(row("openvino", "int8", "undecided", lost=45), verdict="inconclusive"),

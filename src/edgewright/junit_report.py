@@ -71,9 +71,15 @@ def error_case(error: EdgewrightError) -> Case:
 
 @contextlib.contextmanager
 def reported_to(path: Path | None, model: str) -> Iterator[Callable[[Sequence[Case]], None]]:
-    """Gives what keeps the cases of a run; they, or the error that ends it, are written to `path`, if there is one."""
+    """Gives what keeps the cases of a run; they, or the error that ends it, are written to `path`, if there is one.
+
+    A suite without cases is written first, so that what a run before left does not stand for one that is killed, and a
+    path that cannot be written is known before the slow stages.
+    """
     kept: list[Case] = []
-    began = time.monotonic()
+    suite, began = f"edgewright.{model}", time.monotonic()
+    if path is not None:
+        write_junit(path, suite, kept)
     try:
         yield kept.extend
     except EdgewrightError as error:
@@ -81,7 +87,7 @@ def reported_to(path: Path | None, model: str) -> Iterator[Callable[[Sequence[Ca
         raise
     finally:
         if path is not None and kept:
-            write_junit(path, f"edgewright.{model}", kept, seconds=time.monotonic() - began)
+            write_junit(path, suite, kept, seconds=time.monotonic() - began)
 
 
 def write_junit(path: Path, suite: str, cases: Sequence[Case], *, seconds: float = 0.0) -> None:

@@ -24,7 +24,7 @@ def verdict_line(outcome: Outcome, folder: str) -> str:
         return f"{row.verdict.sentence}; take {row.name}: {folder}/{row.path}"
     if row.status == "undecided":
         return f"{row.verdict.sentence}; no engine is recommended"
-    return f"FAIL: no engine passes; the closest, {row.name}, {row.verdict.claim}: {folder}/{row.path}"
+    return f"FAIL: no engine passes; the closest is {row.name}: {row.verdict.claim}; {folder}/{row.path}"
 
 
 def outcome_evidence(outcome: Outcome) -> list[str]:
@@ -83,7 +83,7 @@ def _change(before: float | None, after: float | None) -> str:
 def _cell(change: ConfusionChange) -> str:
     true = _class_name(change.true_label, change.true)
     predicted = _class_name(change.predicted_label, change.predicted)
-    return f"{true} as {predicted} {change.reference} → {change.engine}"
+    return f"{true} as {predicted}: {change.reference} → {change.engine}"
 
 
 def _class_name(label: str, index: int) -> str:
