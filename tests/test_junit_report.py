@@ -183,9 +183,8 @@ def test_what_a_run_before_left_does_not_stand_for_one_that_is_interrupted(tmp_p
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(WorkspaceError, match=r"j\.xml"):
-        with reported_to(tmp_path / "file" / "j.xml", "m"):
-            raise AssertionError("before the stages")
+    with pytest.raises(WorkspaceError, match=r"j\.xml"), reported_to(tmp_path / "file" / "j.xml", "m"):
+        raise AssertionError("before the stages")
 
 
 # --- The command -------------------------------------------------------------------------------------------------

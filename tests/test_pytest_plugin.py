@@ -16,6 +16,7 @@ from edgewright.built_model import built_model
 from edgewright.outcome import EngineRow, Outcome
 from edgewright.runtime.errors import DataError
 from edgewright.runtime.gates import MaxDrop, MinRatio
+from tiny_network import LABELS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "testing.md"
 INSTALLED = bool(metadata.entry_points(group="pytest11", name="edgewright"))  # not where an older version is
@@ -30,13 +31,15 @@ def documented(name: str) -> str:
 
 
 def test_the_example_of_the_document(pytester: pytest.Pytester, images: Any) -> None:
-    """As it stands there, on the images of this test; the second of its tests finds the engine built."""
+    """As it stands there, on the images of this test; in a process of its own, as onnx cannot be imported twice."""
     for name in ("net.py", "test_net.py"):
         pytester.makefile(".py", **{name.removesuffix(".py"): documented(name)})
+    (pytester.path / "labels.txt").write_text("\n".join(LABELS))
     (pytester.path / "images").symlink_to(images.calibration.parent)
-    result = pytester.runpytest_inprocess(*PLUGIN, "-W", "ignore")
-    result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(["*FAIL*onnxruntime int8*", "*SQNR of the logits*"])
+    result = pytester.runpytest_subprocess(*PLUGIN)
+    result.assert_outcomes(passed=2)
+    (built,) = (pytester.path / ".pytest_cache" / "d" / "edgewright").iterdir()
+    assert {path.stem for path in (built / "engines").glob("*.onnx")} == {"onnxruntime-fp32", "onnxruntime-int8"}
 
 
 def test_a_run_without_the_fixture_imports_nothing_of_ours(tmp_path: Path) -> None:
@@ -67,9 +70,9 @@ def options(build_dir: Path, images: Any) -> dict[str, Any]:
 
 def test_a_row_is_that_of_a_whole_run(options: dict[str, Any], outcome: Outcome) -> None:
     model = built_model("tiny", **options)
-    row = model.assert_parity("onnxruntime", "int8")
+    row = model.assert_parity("onnxruntime", "int8", allow_inconclusive=True)
     (whole,) = (each for each in outcome.rows if each.precision == "int8")
-    assert (row.parity, row.verdict, row.status) == (whole.parity, whole.verdict, "verified")
+    assert (row.parity, row.verdict, row.status) == (whole.parity, whole.verdict, whole.status)
     assert row.latency is None, "nothing is timed"
     assert model.row("onnxruntime", "int8") is row, "nothing is judged twice"
 
