@@ -15,7 +15,7 @@ import pytest
 from edgewright.built_model import built_model
 from edgewright.outcome import EngineRow, Outcome
 from edgewright.runtime.errors import DataError
-from edgewright.runtime.gates import MaxDrop, MinRatio
+from edgewright.runtime.gates import MaxDrop, MinRatio, MinSqnr
 from tiny_network import LABELS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "testing.md"
@@ -111,9 +111,16 @@ def test_a_simulation_can_only_fail(
 
 def test_keywords_are_the_options_of_the_command() -> None:
     found = built_model(
-        "tiny", min_ratio=0.99, max_drop=2, rescue=False, target="sm89", option={"width": 2, "kind": "a"}, seed=None
+        "tiny",
+        min_ratio=0.99,
+        max_drop=2,
+        rescue=False,
+        target="sm89",
+        option={"width": 2, "kind": "a"},
+        seed=None,
+        min_sqnr=-5,
     )._options
-    assert found.gates == (MaxDrop(0.02), MinRatio(0.99))
+    assert found.gates == (MaxDrop(0.02), MinRatio(0.99), MinSqnr(-5))
     assert (found.rescue, found.targets, found.model_options, found.seed) == (
         False,
         ("sm89",),

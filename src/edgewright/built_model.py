@@ -39,9 +39,9 @@ def _words(options: Mapping[str, Any]) -> Iterator[str]:
             yield f"--{words}" if value else f"--no-{words}"
         elif isinstance(value, Mapping):
             for each in value.items():
-                yield from (f"--{words}", "=".join(map(str, each)))
+                yield f"--{words}={'='.join(map(str, each))}"
         elif value is not None:
-            yield from (f"--{words}", ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value))
+            yield f"--{words}={','.join(map(str, value)) if isinstance(value, tuple | list) else value}"
 
 
 class BuiltModel:
