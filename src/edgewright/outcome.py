@@ -10,7 +10,7 @@ from edgewright.runtime.figures import Figures
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.parity import Parity
 from edgewright.runtime.specs import EngineInfo
-from edgewright.runtime.verdict import Verdict
+from edgewright.runtime.verdict import STATUS_OF_VERDICT, Verdict
 from edgewright.workspace import StageRun
 
 __all__ = ["EngineRow", "Outcome", "Reference", "TargetChoice", "conclusion", "target_choices"]
@@ -92,10 +92,12 @@ class Outcome:
 
     @property
     def decisive(self) -> EngineRow | None:
-        """The row that speaks for the run: recommended, else undecided, else what lost least; None if none ran."""
-        undecided = [row for row in self.rows if row.status == "undecided"]
-        over = [row for row in self.rows if row.status == "over_budget" and row.parity is not None]
-        return self.recommended or next(iter(undecided), None) or min(over, key=_lost, default=None)
+        """The row that speaks for the run: the recommended one, else of those with its verdict what lost least."""
+        if self.recommended is not None:
+            return self.recommended
+        status = STATUS_OF_VERDICT["fail" if self.verdict == "fail" else "inconclusive"]
+        rows = [row for row in self.rows if row.status == status and row.parity is not None]
+        return min(rows, key=_lost, default=None)
 
 
 def conclusion(rows: Sequence[EngineRow]) -> tuple[str, EngineRow | None]:
