@@ -20,6 +20,7 @@ import click
 
 from edgewright.cli_bench import bench
 from edgewright.cli_bundle import keygen, pack, unpack
+from edgewright.cli_calibration import calibration
 from edgewright.cli_device import build_engines, doctor_lines, or_bundle, verify_engines
 from edgewright.cli_explain import blame, explain
 from edgewright.cli_help import add_examples, completion
@@ -53,7 +54,7 @@ def cli() -> None:
     """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
 
 
-for outside in (bench, blame, completion, explain, keygen, pack, unpack):
+for outside in (bench, blame, calibration, completion, explain, keygen, pack, unpack):
     cli.add_command(outside)
 
 

@@ -17,6 +17,7 @@ EXAMPLES: dict[str, str] = {
     "blame": "edgewright blame mobilenet_effnet_b0 --dialect tensorrt",
     "build": "edgewright build resnet50 --calibration photos --backend openvino",
     "calibrate": "edgewright calibrate resnet50 --calibration photos --method entropy",
+    "calibration check": "edgewright calibration check photos --model resnet50 --evaluation labelled",
     "completion": 'eval "$(edgewright completion bash)"',
     "doctor": "edgewright doctor",
     "engine": "edgewright engine my_net.py:build --calibration photos --evaluation labelled",

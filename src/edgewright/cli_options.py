@@ -26,10 +26,13 @@ __all__ = [
     "detail_wanted",
     "graph_options",
     "json_option",
+    "method_option",
+    "network_options",
     "pipeline_options",
     "rebuild_option",
     "run_options",
     "source_options",
+    "threads_option",
 ]
 
 DEFAULT_MODEL = "mobilenet_effnet_b0"
@@ -123,8 +126,7 @@ def _batch_sizes(context: click.Context, parameter: click.Parameter, value: str)
     return smallest, usual, largest
 
 
-SOURCE_OPTIONS: tuple[Decorator, ...] = (
-    click.argument("model", default=DEFAULT_MODEL),
+NETWORK_OPTIONS: tuple[Decorator, ...] = (
     click.option("--weights", default="default", help="default, random, a .safetensors or .pth file, or a name."),
     click.option(
         "--option", "model_options", multiple=True, callback=_keywords, metavar="NAME=VALUE",
@@ -140,6 +142,8 @@ SOURCE_OPTIONS: tuple[Decorator, ...] = (
     ),
     click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="A class name per line, in order."),
 )  # fmt: skip
+SOURCE_OPTIONS: tuple[Decorator, ...] = (click.argument("model", default=DEFAULT_MODEL), *NETWORK_OPTIONS)
+model_option = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="As for `edgewright engine`.")
 
 ENGINE_OPTIONS: tuple[Decorator, ...] = (
     click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated."),
@@ -170,19 +174,24 @@ GRAPH_OPTIONS: tuple[Decorator, ...] = (
     click.option("--opset", type=int, default=19, show_default=True, help="ONNX opset, 18 to 20."),
 )
 
+method_option = click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="How activation ranges are chosen: auto (each by what errs least there), minmax, percentile (99.99), "
+    "percentile-99.9, percentile-99.999, percentile-99.9999, entropy or mse.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."
+)
+
 RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option("--calibration", type=click.Path(path_type=Path), help="Folder of calibration images."),
     click.option("--evaluation", type=click.Path(path_type=Path), help="Folder of evaluation images."),
     click.option("--allow-overlap", is_flag=True, help="Accept the same image in both folders."),
-    click.option(
-        "--method",
-        type=click.Choice(METHODS),
-        default="auto",
-        show_default=True,
-        metavar="NAME",
-        help="How activation ranges are chosen: auto (each by what errs least there), minmax, percentile (99.99), "
-        "percentile-99.9, percentile-99.999, percentile-99.9999, entropy or mse.",
-    ),
+    method_option,
     click.option(
         "--placement",
         type=click.Choice(["measured", "rules"]),
@@ -208,7 +217,7 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         show_default=True,
         help="Budget: the largest loss of top-1, in points.",
     ),
-    click.option("--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."),
+    threads_option,
     click.option(
         "--already-quantized",
         type=click.Choice(["refuse", "pass"]),
@@ -245,6 +254,11 @@ def bundle_options(command: Command) -> Command:
 def source_options(command: Command) -> Command:
     """The options that say which network, and where its graph is made."""
     return _decorated(command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, *DETAIL_OPTIONS, json_option))
+
+
+def network_options(command: Command) -> Command:
+    """Those of `source_options` for a command whose argument is not the network: it is `--model`."""
+    return _decorated(command, (model_option, *NETWORK_OPTIONS, *GRAPH_OPTIONS, *DETAIL_OPTIONS, json_option))
 
 
 def run_options(command: Command) -> Command:
