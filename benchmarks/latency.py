@@ -19,7 +19,7 @@ import onnx_ir as ir
 from figures import Figure
 from networks import NETWORKS, noise
 from numpy.typing import NDArray
-from peers import ON_CPU, peer_result
+from peers import ON_CPU, openvino_request, peer_result
 from quantizers import calibrated, serialized
 
 from edgewright.optimize.dialects import Quantizer
@@ -107,18 +107,9 @@ def _by_peers(stack: ExitStack, model: ir.Model, images: Batch) -> Runs:
 
 
 def _in_openvino(graph: Path, image: Batch) -> Iterator[tuple[str, Callable[[], object]]]:
-    import openvino
-
-    read = openvino.Core().read_model(graph)
-    read.reshape(image.shape)
     for rest in ("f32", "bf16"):
         if rest == "f32" or BACKENDS["openvino"].unsupported("bf16", None) is None:
-            settings = {
-                "PERFORMANCE_HINT": "LATENCY",
-                "INFERENCE_NUM_THREADS": THREADS,
-                "INFERENCE_PRECISION_HINT": rest,
-            }
-            request = openvino.Core().compile_model(read, "CPU", settings).create_infer_request()
+            request = openvino_request(graph, 1, THREADS, rest)
             yield f"the rest in {rest}", partial(request.infer, [image])
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ACCURATE", "ON_CPU", "ON_TENSORRT", "PEERS", "PeerResult", "peer_result"]
+__all__ = ["ACCURATE", "ON_CPU", "ON_TENSORRT", "PEERS", "PeerResult", "openvino_request", "peer_result"]
 
 Batch = NDArray[np.float32]
 
@@ -156,6 +156,16 @@ PEERS: dict[str, tuple[str, Callable[[Path, Batch, Path], Path]]] = {
 ACCURATE = ("NNCF", "NNCF mixed", "ModelOpt", "onnxruntime min-max", "onnxruntime percentile")
 ON_CPU = ("NNCF", "NNCF mixed", "onnxruntime min-max")
 ON_TENSORRT = ("ModelOpt for TensorRT", "onnxruntime for TensorRT")
+
+
+def openvino_request(graph: Path, batch: int | None, threads: int, rest: str = "f32") -> Any:
+    """What runs a quantized graph at one batch size, or at any; `rest`: what its other layers run in."""
+    import openvino
+
+    read = openvino.Core().read_model(graph)
+    read.reshape([batch or -1, *read.inputs[0].get_partial_shape()[1:]])
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": rest}
+    return openvino.Core().compile_model(read, "CPU", settings).create_infer_request()
 
 
 def _logits(graph: Path, images: Batch) -> Batch:

@@ -25,6 +25,7 @@ BENCHMARKS = (
     "rtx",
     "openvino_int8",
     "latency",
+    "overview",
     "memory",
     "fold",
 )

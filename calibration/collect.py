@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgewright.calibration.channels import ChannelExtremes
 from edgewright.calibration.nonfinite import check_weights, nonfinite_error
-from edgewright.calibration.observers import observer_outputs, with_observers
+from edgewright.calibration.observers import Seen, observer_outputs, with_observers
 from edgewright.calibration.ranges import (
     AUTO,
     METHODS,
@@ -32,7 +32,7 @@ from edgewright.calibration.ranges import (
 from edgewright.calibration.sessions import cpu_session
 from edgewright.runtime.errors import CalibrationError
 
-__all__ = ["LARGEST_BATCH", "CalibrationTable", "batch_size", "collect"]
+__all__ = ["LARGEST_BATCH", "CalibrationTable", "Tally", "WatchedGraph", "batch_size", "collect"]
 
 LARGEST_BATCH = 8
 NOT_FINITE = "holds NaN or infinite values"
@@ -135,30 +135,66 @@ def collect(
     `threads` is onnxruntime's number of threads, 0 for all cores.
     Raises `CalibrationError` without images, or where a weight is NaN or an activation not finite, naming the layer.
     """
-    check_weights(model)
-    observed, names, clamped = with_observers(model)
-    session = cpu_session(observed, threads=threads)
-    (input_name,) = (value.name for value in model.graph.inputs)
-    histograms = {name: Histogram.empty() for name in names}
-    channels = {name: ChannelExtremes() for name in names}
-    watched = [name for name in names if name not in clamped]
-    outputs = [output for name in watched for output in observer_outputs(name)]
-    images = 0
+    watched = WatchedGraph(model, threads=threads)
+    tally = Tally(watched.names)
     for batch in batches:
+        tally.add(watched(batch, tally.samples + 1))
+        progress(tally.samples)
+    return tally.table(identity)
+
+
+class WatchedGraph:
+    """A graph that says of each activation what a `Tally` needs, for one batch after the other.
+
+    * names: of all float activations with a batch axis, in the order of the graph
+    """
+
+    def __init__(self, model: ir.Model, *, threads: int = 0) -> None:
+        """Raises `CalibrationError` if a weight is NaN."""
+        check_weights(model)
+        self._model = model
+        observed, self.names, self._clamped = with_observers(model)
+        self._session = cpu_session(observed, threads=threads)
+        self._watched = [name for name in self.names if name not in self._clamped]
+        self._outputs = [output for name in self._watched for output in observer_outputs(name)]
+        (self._input,) = (str(value.name) for value in model.graph.inputs)
+
+    def __call__(self, batch: NDArray[np.float32], first: int) -> dict[str, Seen]:
+        """What was seen of `batch` `[N, C, H, W]`, whose first image is the `first`-th, counted from 1.
+
+        Raises `CalibrationError` where an activation is not finite, naming the layer.
+        """
         if not np.isfinite(batch).all():
-            raise nonfinite_error(model, batch, images + 1, str(input_name), NOT_FINITE)
-        results = iter(session.run(outputs, {input_name: batch}))
-        seen = {name: (next(results), next(results), next(results)) for name in watched}
-        seen |= {name: clamp.applied_to(seen[clamp.source]) for name, clamp in clamped.items()}
+            raise nonfinite_error(self._model, batch, first, self._input, NOT_FINITE)
+        results = iter(self._session.run(self._outputs, {self._input: batch}))
+        seen: dict[str, Seen] = {name: (next(results), next(results), next(results)) for name in self._watched}
+        seen |= {name: clamp.applied_to(seen[clamp.source]) for name, clamp in self._clamped.items()}
+        for name, parts in seen.items():
+            if not all(np.isfinite(part).all() for part in parts):
+                raise nonfinite_error(self._model, batch, first, name, NOT_FINITE)
+        return seen
+
+
+class Tally:
+    """What was seen of activations so far; mutable."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.samples = 0
+        self._histograms = {name: Histogram.empty() for name in names}
+        self._channels = {name: ChannelExtremes() for name in self._histograms}
+
+    def add(self, seen: Mapping[str, Seen]) -> None:
+        """What a `WatchedGraph` gave for a batch."""
         for name, (low, high, samples) in seen.items():
-            try:
-                histograms[name].add(samples, float(low.min()), float(high.max()))
-            except CalibrationError as error:
-                raise nonfinite_error(model, batch, images + 1, name, error.message) from None
-            channels[name].add(low, high)
-        images += len(batch)
-        progress(images)
-    if not images:
-        raise CalibrationError("there are no calibration images", "give --calibration DIR; random data is never used")
-    constant = {name: values for name, extremes in channels.items() if (values := extremes.constant())}
-    return CalibrationTable(dict(identity), images, histograms, constant)
+            self._histograms[name].add(samples, float(low.min()), float(high.max()))
+            self._channels[name].add(low, high)
+        self.samples += len(next(iter(seen.values()))[0])
+
+    def table(self, identity: Mapping[str, str]) -> CalibrationTable:
+        """All of it. Raises `CalibrationError` if nothing was seen."""
+        if not self.samples:
+            raise CalibrationError(
+                "there are no calibration images", "give --calibration DIR; random data is never used"
+            )
+        constant = {name: values for name, extremes in self._channels.items() if (values := extremes.constant())}
+        return CalibrationTable(dict(identity), self.samples, self._histograms, constant)

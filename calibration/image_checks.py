@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edgewright.runtime.preprocess import Preprocess
 
-__all__ = ["FEWEST_IMAGES", "image_warnings", "too_few_warning", "unseen_share"]
+__all__ = ["FEWEST_IMAGES", "image_warnings", "set_warnings", "too_few_warning", "unseen_share"]
 
 Batch = NDArray[np.float32]
 
@@ -48,11 +48,29 @@ def image_warnings(images: Batch, preprocess: Preprocess, *, grey_expected: bool
 
     `grey_expected`: the network is known to have been trained on grey images in three channels.
     """
+    pixels = _pixels(images, preprocess)
+    unlike, *grey = _of_the_set(pixels, grey_expected=grey_expected)
+    return _said(unlike, _one_colour(pixels), _all_the_same(pixels), *grey)
+
+
+def set_warnings(images: Batch, preprocess: Preprocess, *, grey_expected: bool = False) -> tuple[str, ...]:
+    """Those of `image_warnings` that are about all images and not about some of them or about copies."""
+    return _said(*_of_the_set(_pixels(images, preprocess), grey_expected=grey_expected))
+
+
+def _pixels(images: Batch, preprocess: Preprocess) -> Batch:
+    """From 0 to 1."""
     mean, std = (np.asarray(values, np.float32)[:, None, None] for values in (preprocess.mean, preprocess.std))
-    pixels = images * std + mean  # 0 … 1
-    grey = "" if grey_expected else _grey(pixels)
-    warnings = (_unlike_bytes(pixels), _one_colour(pixels), _all_the_same(pixels), grey)
-    return tuple(warning for warning in warnings if warning)
+    pixels: Batch = images * std + mean
+    return pixels
+
+
+def _of_the_set(pixels: Batch, *, grey_expected: bool) -> tuple[str, str]:
+    return _unlike_bytes(pixels), "" if grey_expected else _grey(pixels)
+
+
+def _said(*sentences: str) -> tuple[str, ...]:
+    return tuple(sentence for sentence in sentences if sentence)
 
 
 def _unlike_bytes(pixels: Batch) -> str:

@@ -93,12 +93,25 @@ class Histogram:
 
     def _widen(self, magnitude: float) -> None:
         # frexp: magnitude < 2**e, so that HALF_BINS bins of 2**(e − 12) hold it strictly
-        needed = math.frexp(magnitude)[1] - (HALF_BINS.bit_length() - 1) if magnitude else SMALLEST_EXPONENT
-        for _ in range(min(needed - self.exponent, 2 * HALF_BINS.bit_length())):
+        self._coarsen(math.frexp(magnitude)[1] - (HALF_BINS.bit_length() - 1) if magnitude else SMALLEST_EXPONENT)
+
+    def _coarsen(self, exponent: int) -> None:
+        """Bins at least 2**exponent wide."""
+        for _ in range(min(exponent - self.exponent, 2 * HALF_BINS.bit_length())):
             pairs = self.counts.reshape(-1, 2).sum(axis=1)
             self.counts = np.zeros_like(self.counts)
             self.counts[HALF_BINS // 2 : HALF_BINS // 2 + HALF_BINS] = pairs
-        self.exponent = max(self.exponent, needed)
+        self.exponent = max(self.exponent, exponent)
+
+    def merged(self, other: Histogram) -> Histogram:
+        """That of what both have seen together."""
+        both = Histogram(self.minimum, self.maximum, self.exponent, self.counts.copy())
+        finer = Histogram(other.minimum, other.maximum, other.exponent, other.counts)
+        both._coarsen(other.exponent)
+        finer._coarsen(both.exponent)
+        both.minimum, both.maximum = min(self.minimum, other.minimum), max(self.maximum, other.maximum)
+        both.counts += finer.counts
+        return both
 
     def occupied(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Centres and counts of the bins that hold anything, float64 `[K]` each; values near 0 are taken as 0."""

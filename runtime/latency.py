@@ -23,7 +23,15 @@ from numpy.typing import ArrayLike, NDArray
 from .errors import ParityError
 from .intervals import binomial_half_cdf
 
-__all__ = ["Latency", "PairedRatio", "interleaved_samples", "measure_interleaved", "paired_ratio", "warm_up"]
+__all__ = [
+    "Latency",
+    "PairedRatio",
+    "interleaved_samples",
+    "measure_interleaved",
+    "median_interval",
+    "paired_ratio",
+    "warm_up",
+]
 
 K = TypeVar("K", bound=Hashable)
 Clock = Callable[[], int]
@@ -163,8 +171,7 @@ def warm_up(run: Callable[[], object], *, budget_seconds: float, clock: Clock = 
 def paired_ratio(samples_a: ArrayLike, samples_b: ArrayLike) -> PairedRatio:
     """Median of the ratios a / b of two candidates' times in the same rounds, both `[rounds]` in the same unit.
 
-    The interval is that of the sign test (Conover 1999, Practical Nonparametric Statistics, 3.2): from the r-th
-    smallest to the r-th largest ratio, r the largest with 2 · P(binomial(rounds, ½) < r) ≤ 0.05.
+    The interval is `median_interval` of the ratios.
     Raises `ParityError` if the two have not the same number of rounds, or a time is not above 0.
     """
     a, b = np.asarray(samples_a, np.float64), np.asarray(samples_b, np.float64)
@@ -174,15 +181,27 @@ def paired_ratio(samples_a: ArrayLike, samples_b: ArrayLike) -> PairedRatio:
         )
     if not ((a > 0) & (b > 0) & np.isfinite(a) & np.isfinite(b)).all():
         raise ParityError("a time is 0, negative or not finite", "time more work per run")
-    ratios = np.sort(a / b)
-    rank = _interval_rank(ratios.size)
-    confidence = max(0.0, 1 - 2 * binomial_half_cdf(rank - 1, ratios.size))
-    return PairedRatio(
-        float(np.median(ratios)), float(ratios[rank - 1]), float(ratios[-rank]), confidence, int(ratios.size)
-    )
+    ratios = a / b
+    low, high, confidence = median_interval(ratios)
+    return PairedRatio(float(np.median(ratios)), low, high, confidence, int(ratios.size))
 
 
-def _interval_rank(n: int, alpha: float = 0.05) -> int:
+def median_interval(samples: ArrayLike, *, alpha: float = 0.05) -> tuple[float, float, float]:
+    """Two-sided interval of the median of `samples`, `[n]`, and its confidence, at least 1 − alpha if n suffices.
+
+    That of the sign test (Conover 1999, Practical Nonparametric Statistics, 3.2): from the r-th smallest to the r-th
+    largest sample, r the largest with 2 · P(binomial(n, ½) < r) ≤ alpha; the whole range where there is none.
+    Raises `ParityError` if there are no samples.
+    """
+    ordered = np.sort(np.asarray(samples, np.float64))
+    if ordered.ndim != 1 or ordered.size == 0:
+        raise ParityError(f"samples of shape {list(ordered.shape)} have no median", "give [n], one or more")
+    rank = _interval_rank(ordered.size, alpha)
+    confidence = max(0.0, 1 - 2 * binomial_half_cdf(rank - 1, ordered.size))
+    return float(ordered[rank - 1]), float(ordered[-rank]), confidence
+
+
+def _interval_rank(n: int, alpha: float) -> int:
     """Largest r with 2 · P(binomial(n, ½) < r) ≤ alpha; 1, the whole range, where there is none."""
     low, high = 1, n // 2 + 1  # at `high` the tail is ½ or more
     while high - low > 1:

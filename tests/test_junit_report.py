@@ -190,7 +190,7 @@ def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 # --- The command -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "budget", "code", "failures"), [("engine", 8, 0, 0), ("verify", 0.5, 4, 2)])
+@pytest.mark.parametrize(("name", "budget", "code", "failures"), [("engine", 8, 0, 1), ("verify", 0.5, 4, 2)])
 def test_the_option_writes_the_verdicts(
     command: Command, build_dir: Path, images: Any, tmp_path: Path, name: str, budget: float, code: int, failures: int
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -125,7 +125,7 @@ class Rungs:
 
 def climbed(target: float, aim: Aim = PLAIN, mixed: MixedPlan | None = None) -> Climb:
     class Made(Reaching):
-        def _mixed(self, quantizer: Quantizer, placed: Mapping[str, str]) -> MixedPlan:
+        def _mixed(self, best: Any, placed: Mapping[str, str]) -> MixedPlan:
             assert mixed is not None, "mixed precision is not needed"
             return mixed
 
@@ -229,6 +229,33 @@ def test_mixed_precision_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (climb.met, dict(climb.left_out)) == (True, {"head": "sensitive"})
     assert climb.quantized.int8_layers == 0
     assert any("head (sensitive)" in note for note in climb.notes)
+
+
+def test_layers_in_float_that_flip_fewer_by_chance_are_not_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough is what meets the aim and is more exact than the rungs before: here 20 dB."""
+    Rungs(monkeypatch, (20.0, 20.0))
+    asked: list[Callable[[MixedPoint], bool]] = []
+
+    def plan(quantizer: Quantizer, measured: Any, reference: Any, images: Any, meets: Any, **options: Any) -> MixedPlan:
+        asked.append(meets)
+        return plan_that_leaves_out_the_head()
+
+    monkeypatch.setattr(ladder, "sensitivities", lambda *arguments, **options: [])
+    monkeypatch.setattr(ladder, "smallest_float_set", plan)
+    monkeypatch.setattr(ladder, "with_latencies", lambda points, *arguments, **options: points)
+    Ladder(linear(), measured(), IMAGES, replace(PLAIN, budget=0.001)).climb("cpu")
+    (enough,) = asked
+    parity = plan_that_leaves_out_the_head().chosen.parity
+
+    def point(decibels: float, flips: float) -> MixedPoint:
+        return MixedPoint((), 1.0, replace(parity, sqnr_db=decibels), ExpectedFlips(flips, 0.0))
+
+    assert [enough(point(*given)) for given in ((20.1, 0.0), (19.9, 0.0), (20.0, 0.0), (20.1, 0.01))] == [
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 def test_nothing_is_told_of_a_network_without_int8() -> None:

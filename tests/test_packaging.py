@@ -311,6 +311,14 @@ def test_device_install_builds_verifies_and_runs_a_bundle(
     assert "proven here" in ran.stderr
 
 
+def test_device_install_measures_a_bundle(device: Environment, bundle: Path, engine: Path, tmp_path: Path) -> None:
+    done = device.run("edgewright", "bench", bundle, "--cache", tmp_path / "cache", "--preprocess", "--seconds", "0")
+    assert done.returncode == 0, done.stderr
+    assert "Engine: onnxruntime fp32" in done.stdout
+    done = device.run("edgewright", "bench", engine, "--seconds", "0", "--json")
+    assert json.loads(done.stdout)["results"][0]["latency_ms"]["runs"] >= 10, done.stderr
+
+
 def test_base_install_says_what_a_device_lacks(base: Environment, bundle: Path, tmp_path: Path) -> None:
     built = base.run("edgewright", "build", bundle, "--cache", tmp_path / "cache", "--json")
     assert built.returncode == 3, built.stderr

@@ -20,7 +20,6 @@ from edgewright.report import (
     audit_table,
     engine_document,
     remarks,
-    stage_line,
 )
 from edgewright.runtime.figures import further_figures
 from edgewright.runtime.gates import judge
@@ -29,7 +28,7 @@ from edgewright.runtime.parity import compare
 from edgewright.runtime.specs import EngineInfo, Kernel, LayerPrecision
 from edgewright.runtime.verdict import STATUS_OF_VERDICT
 from edgewright.verdict_report import verdict_line
-from edgewright.workspace import FIRST_TIME, StageRun
+from edgewright.workspace import StageRun
 
 IMAGES = 10_000
 
@@ -344,22 +343,6 @@ def test_an_engine_slower_than_its_float_sibling_is_named(int8: float, said: boo
 def test_engines_of_other_backends_are_not_compared() -> None:
     outcome = outcome_of(row("a", "fp32", "verified", p50=1.0), row("b", "int8", "verified", p50=9.0))
     assert remarks(outcome) == []
-
-
-@pytest.mark.parametrize(
-    ("run", "words"),
-    [
-        (StageRun("export", 6.14, False, "", FIRST_TIME, {}), ["export", "6.1", "s", "a", "note"]),
-        (StageRun("export", 6.14, True, "", (), {}), ["export", "reused", "a", "note"]),
-        (
-            StageRun("fold", 0.01, False, "", ("graph", "fold code"), {}),
-            ["fold", "0.0", "s", "a", "note", "changed:", "graph,", "fold", "code"],
-        ),
-    ],
-)
-def test_the_line_of_a_stage(run: StageRun, words: list[str]) -> None:
-    assert stage_line(run, "a note").split() == words
-    assert stage_line(replace(run, name="a name of more than 24 letters"), "").split()[0] == "a"
 
 
 # The audit of one engine

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..audit import audited, deviations, shares_of_work
-from ..errors import BuildError
+from ..errors import BuildError, EngineError
 from ..files import sha256_of
 from ..preprocess import Preprocess
 from ..specs import BatchProfile, EngineInfo, Kernel, LayerPrecision, PlannedLayer, TensorSpec
@@ -172,6 +172,13 @@ class Backend(ABC):
         `provider` is one of `providers`, "" for the first; `dla` is the DLA core that the engine was built for. Raises
         `EngineError` if the engine does not load, or the provider is not here.
         """
+
+    def engine_of(self, graph: bytes) -> bytes:
+        """A serialized FP32 graph as an engine that `open` takes, as it is: nothing is built or audited.
+
+        Raises `EngineError` if this backend runs only what it has built.
+        """
+        raise EngineError(f"{self.name} does not run an ONNX file", "build an engine of it: edgewright engine")
 
     def kernel_times(
         self, engine: bytes, planned: tuple[PlannedLayer, ...], *, threads: int, runs: int

@@ -119,6 +119,10 @@ class OpenVinoBackend(Backend):
         seconds = {entry.node_name: entry.real_time.total_seconds() for entry in request.get_profiling_info()}
         return tuple(KernelTime(kernel, 1e3 * seconds.get(kernel.name, 0.0)) for kernel in _kernels(compiled, planned))
 
+    def engine_of(self, graph: bytes) -> bytes:
+        """The graph, stamped to be run in FP32."""
+        return graph + _stamp("fp32")
+
     def open(self, engine: bytes, *, threads: int = 0, provider: str = "", dla: int | None = None) -> Runner:
         """Compiles the graph for one image, in the precision that is stamped on it."""
         absence = self.absence()

@@ -14,7 +14,7 @@ from ..backends.base import Backend
 from ..files import sha256_of
 from ..specs import BatchProfile
 
-__all__ = ["BuildSettings", "Place", "cache_key", "key_prefix", "place_here", "processor"]
+__all__ = ["GPU_DIALECTS", "BuildSettings", "Place", "cache_key", "key_prefix", "place_here", "processor"]
 
 CPUINFO = Path("/proc/cpuinfo")
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")

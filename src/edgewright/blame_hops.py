@@ -107,7 +107,7 @@ def _engine(pipeline: Pipeline, dialect: str) -> tuple[tuple[Hop, ...], str]:
 def _rescaled(pipeline: Pipeline, dialect: str) -> str:
     """Why the activations of the INT8 graph are others than those of the folded graph, or ""."""
     facts = next(run.facts for run in reversed(pipeline.runs) if run.name == f"quantize {dialect}")
-    changing = [rung for rung in facts.get("rungs", ()) if rung not in KEEPING]
+    changing = [rung["name"] for rung in facts.get("rungs", ()) if rung["taken"] and rung["name"] not in KEEPING]
     return f"its weights and activations were changed on purpose ({', '.join(changing)})" if changing else ""
 
 

@@ -18,13 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgewright.cli_bench import bench
 from edgewright.cli_bundle import keygen, pack, unpack
+from edgewright.cli_calibration import calibration
 from edgewright.cli_device import build_engines, doctor_lines, or_bundle, verify_engines
 from edgewright.cli_explain import blame, explain
+from edgewright.cli_help import add_examples, completion
 from edgewright.cli_options import (
     DEFAULT_MODEL,
     bundle_options,
     cache_option,
+    detail_wanted,
     graph_options,
     json_option,
     junit_option,
@@ -51,7 +55,7 @@ def cli() -> None:
     """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
 
 
-for outside in (blame, explain, keygen, pack, unpack):
+for outside in (bench, blame, calibration, completion, explain, keygen, pack, unpack):
     cli.add_command(outside)
 
 
@@ -64,7 +68,7 @@ def staged(run: Callable[[Pipeline], dict[str, Any]]) -> Callable[..., int]:
         from edgewright.pipeline import Pipeline
         from edgewright.report import stage_document
 
-        with ConsoleObserver() as observer:
+        with ConsoleObserver(detail_wanted()) as observer:
             pipeline = Pipeline(pipeline_options(**arguments), observer)
             with pipeline.workspace.locked():
                 fields = run(pipeline)
@@ -190,7 +194,7 @@ def _prove(as_json: bool, junit: Path | None = None, **arguments: Any) -> int:
     from edgewright.runtime.choice import REPORT_FILE
     from edgewright.runtime.files import write_json
 
-    with ConsoleObserver() as observer, reported_to(junit, arguments["model"]) as report:
+    with ConsoleObserver(detail_wanted()) as observer, reported_to(junit, arguments["model"]) as report:
         pipeline = Pipeline(pipeline_options(**arguments), observer)
         with pipeline.workspace.locked():
             outcome = pipeline.prove()
@@ -200,7 +204,7 @@ def _prove(as_json: bool, junit: Path | None = None, **arguments: Any) -> int:
     if as_json:
         click.echo(json.dumps(document, indent=1))
     else:
-        print_outcome(outcome, pipeline.workspace.folder)
+        print_outcome(outcome, pipeline.workspace.folder, detail_wanted())
     return EXIT_CODES[outcome.verdict]
 
 
@@ -282,7 +286,7 @@ def _inspected(folded: bool, **arguments: Any) -> ir.Model:
     from edgewright.console import ConsoleObserver
     from edgewright.pipeline import Pipeline
 
-    with ConsoleObserver() as observer:
+    with ConsoleObserver(detail_wanted()) as observer:
         pipeline = Pipeline(graph_options(**arguments), observer)
         with pipeline.workspace.locked():
             artifact = pipeline.folded if folded else pipeline.exported
@@ -437,6 +441,9 @@ def train(
     click.echo(f"started from {training.start}")
     click.echo(f"{training.checkpoint}: top-1 {100 * training.top1:.2f} % on the 10,000 test images")
     click.echo(f"learning curve: {training.curve_csv}, {training.curve_svg}")
+
+
+add_examples(cli)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgewright.cli_options import json_option, pipeline_options, run_options
+from edgewright.cli_options import detail_wanted, json_option, pipeline_options, run_options
 
 if TYPE_CHECKING:
     from edgewright.outcome import Outcome
@@ -46,7 +46,7 @@ def pack(
 
     if sign is not None:
         private_key(sign)  # what is wrong with it is said before the first stage
-    with ConsoleObserver() as observer:
+    with ConsoleObserver(detail_wanted()) as observer:
         pipeline = Pipeline(pipeline_options(**arguments), observer)
         with pipeline.workspace.locked():
             outcome = pipeline.prove()

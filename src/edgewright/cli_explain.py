@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgewright.cli_options import pipeline_options, run_options
+from edgewright.cli_options import detail_wanted, pipeline_options, run_options
 from edgewright.runtime.errors import ModelError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def explain(
     from edgewright.report import stage_document
 
     wanted = _dialect(dialect, **arguments)
-    with ConsoleObserver() as observer:
+    with ConsoleObserver(detail_wanted()) as observer:
         pipeline = _pipeline(pipeline_options(**arguments), observer)
         with pipeline.workspace.locked():
             found, detail = _explained(pipeline, wanted, count, layer, show_all=show_all)
@@ -161,7 +161,7 @@ def blame(as_json: bool, dialect: str | None, count: int, **arguments: Any) -> N
     wanted = _dialect(dialect, **arguments)
     options = pipeline_options(**arguments)
     options = replace(options, backends=options.backends or (backend_of(wanted).name,), precisions=("int8",))
-    with ConsoleObserver() as observer:
+    with ConsoleObserver(detail_wanted()) as observer:
         pipeline = _pipeline(options, observer)
         with pipeline.workspace.locked():
             images = some_images(pipeline, count)

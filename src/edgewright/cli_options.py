@@ -14,6 +14,7 @@ import click
 from edgewright.runtime.errors import DataError
 
 if TYPE_CHECKING:
+    from edgewright.console import Detail
     from edgewright.export.resolve import ModelRequest
     from edgewright.pipeline import Options
 
@@ -22,19 +23,33 @@ __all__ = [
     "DEFAULT_MODEL",
     "bundle_options",
     "cache_option",
+    "detail_wanted",
     "graph_options",
     "json_option",
     "junit_option",
+    "method_option",
+    "network_options",
     "pipeline_options",
     "rebuild_option",
     "run_options",
     "source_options",
+    "threads_option",
 ]
 
 DEFAULT_MODEL = "mobilenet_effnet_b0"
 Command = TypeVar("Command", bound=Callable[..., Any])
 Decorator = Callable[[Any], Any]
 
+METHODS = [
+    "auto",
+    "minmax",
+    "percentile",
+    "percentile-99.9",
+    "percentile-99.999",
+    "percentile-99.9999",
+    "entropy",
+    "mse",
+]
 BUNDLE_ONLY = ("require_signature", "allow_older", "cache", "rebuild")
 """Parameters that mean something for a bundle alone."""
 
@@ -44,7 +59,35 @@ junit_option = click.option(
     metavar="FILE",
     help="Also as JUnit XML, for CI systems.",
 )
+DETAIL = "edgewright.detail"
+"""Where a context keeps how much of the stages is told."""
+
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
+
+
+def _noting(detail: Detail) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def note(context: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given and context.meta.setdefault(DETAIL, detail) != detail:
+            raise click.UsageError("--verbose and --quiet contradict each other")
+
+    return note
+
+
+DETAIL_OPTIONS: tuple[Decorator, ...] = (
+    click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, callback=_noting("verbose"),
+        help="Also what the passes of each stage did.",
+    ),
+    click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=_noting("quiet"), help="Only the verdict."
+    ),
+)  # fmt: skip
+
+
+def detail_wanted() -> Detail:
+    """What the command that runs was asked for."""
+    wanted: Detail = click.get_current_context().meta.get(DETAIL, "usual")
+    return wanted
 
 
 def _numbers(kind: type[int] | type[float], counts: Sequence[int]) -> Callable[..., Any]:
@@ -90,8 +133,7 @@ def _batch_sizes(context: click.Context, parameter: click.Parameter, value: str)
     return smallest, usual, largest
 
 
-SOURCE_OPTIONS: tuple[Decorator, ...] = (
-    click.argument("model", default=DEFAULT_MODEL),
+NETWORK_OPTIONS: tuple[Decorator, ...] = (
     click.option("--weights", default="default", help="default, random, a .safetensors or .pth file, or a name."),
     click.option(
         "--option", "model_options", multiple=True, callback=_keywords, metavar="NAME=VALUE",
@@ -107,6 +149,8 @@ SOURCE_OPTIONS: tuple[Decorator, ...] = (
     ),
     click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="A class name per line, in order."),
 )  # fmt: skip
+SOURCE_OPTIONS: tuple[Decorator, ...] = (click.argument("model", default=DEFAULT_MODEL), *NETWORK_OPTIONS)
+model_option = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="As for `edgewright engine`.")
 
 ENGINE_OPTIONS: tuple[Decorator, ...] = (
     click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated."),
@@ -137,28 +181,24 @@ GRAPH_OPTIONS: tuple[Decorator, ...] = (
     click.option("--opset", type=int, default=19, show_default=True, help="ONNX opset, 18 to 20."),
 )
 
+method_option = click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="How activation ranges are chosen: auto (each by what errs least there), minmax, percentile (99.99), "
+    "percentile-99.9, percentile-99.999, percentile-99.9999, entropy or mse.",
+)
+threads_option = click.option(
+    "--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."
+)
+
 RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option("--calibration", type=click.Path(path_type=Path), help="Folder of calibration images."),
     click.option("--evaluation", type=click.Path(path_type=Path), help="Folder of evaluation images."),
     click.option("--allow-overlap", is_flag=True, help="Accept the same image in both folders."),
-    click.option(
-        "--method",
-        type=click.Choice(
-            [
-                "auto",
-                "minmax",
-                "percentile",
-                "percentile-99.9",
-                "percentile-99.999",
-                "percentile-99.9999",
-                "entropy",
-                "mse",
-            ]
-        ),
-        default="auto",
-        show_default=True,
-        help="How activation ranges are chosen; auto: each by what errs least there.",
-    ),
+    method_option,
     click.option(
         "--placement",
         type=click.Choice(["measured", "rules"]),
@@ -193,7 +233,7 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
         "--min-agreement", type=click.FloatRange(0.0, 1.0), metavar="SHARE", help="Of images with the same top-1."
     ),
     click.option("--min-sqnr", type=float, metavar="DB", help="Of the logits, beside the reference's."),
-    click.option("--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."),
+    threads_option,
     click.option(
         "--already-quantized",
         type=click.Choice(["refuse", "pass"]),
@@ -229,12 +269,19 @@ def bundle_options(command: Command) -> Command:
 
 def source_options(command: Command) -> Command:
     """The options that say which network, and where its graph is made."""
-    return _decorated(command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, json_option))
+    return _decorated(command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, *DETAIL_OPTIONS, json_option))
+
+
+def network_options(command: Command) -> Command:
+    """Those of `source_options` for a command whose argument is not the network: it is `--model`."""
+    return _decorated(command, (model_option, *NETWORK_OPTIONS, *GRAPH_OPTIONS, *DETAIL_OPTIONS, json_option))
 
 
 def run_options(command: Command) -> Command:
     """The options of every command that runs stages."""
-    return _decorated(command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, *RUN_OPTIONS, *ENGINE_OPTIONS, json_option))
+    return _decorated(
+        command, (*SOURCE_OPTIONS, *GRAPH_OPTIONS, *RUN_OPTIONS, *ENGINE_OPTIONS, *DETAIL_OPTIONS, json_option)
+    )
 
 
 def _decorated(command: Command, decorators: Sequence[Decorator]) -> Command:

@@ -6,35 +6,40 @@ All of it goes to stderr; stdout is for results.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from edgewright.outcome import Outcome
-from edgewright.report import engine_table, remarks, stage_line
+from edgewright.report import engine_table, remarks
+from edgewright.stage_text import stage_details, stage_line
 from edgewright.verdict_report import outcome_evidence, verdict_line
 from edgewright.workspace import Observer, StageRun
 
-__all__ = ["ConsoleObserver", "print_audit", "print_listing", "print_outcome"]
+__all__ = ["ConsoleObserver", "Detail", "print_audit", "print_listing", "print_outcome"]
 
 SECONDS_BEFORE_BAR = 2.0
 LABEL_WIDTH = 29  # columns
 WIDEST_TABLE = 200  # columns; wider than any figures can make it
 
 
+Detail = Literal["quiet", "usual", "verbose"]
+
+
 class ConsoleObserver(Observer):
     """Prints to stderr. Use it in a `with`, so that no bar is left behind.
 
-    `label_width` is what a bar leaves for the name of its stage, in columns.
+    * detail: "quiet" prints nothing, "usual" a line per stage, "verbose" also what its passes did
+    * label_width: what a bar leaves for the name of its stage, in columns
     """
 
-    def __init__(self, label_width: int = LABEL_WIDTH) -> None:
-        self._label_width = label_width
+    def __init__(self, detail: Detail = "usual", label_width: int = LABEL_WIDTH) -> None:
+        self._detail, self._label_width = detail, label_width
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: _DelayedBar | None = None
 
@@ -49,10 +54,14 @@ class ConsoleObserver(Observer):
     def started(self, stage: str) -> None:
         """Begins to wait for the bar."""
         self._remove_bar()
+        if self._detail == "quiet":
+            return
         self._bar = _DelayedBar(self._console, stage, self._label_width)
 
     def progressed(self, stage: str, done: int, total: int, text: str = "") -> None:
         """Moves the bar."""
+        if self._detail == "quiet":
+            return
         if self._bar is None:
             self._bar = _DelayedBar(self._console, stage, self._label_width)
         self._bar.move(done, total, text)
@@ -60,7 +69,11 @@ class ConsoleObserver(Observer):
     def finished(self, run: StageRun) -> None:
         """Replaces the bar by a line."""
         self._remove_bar()
-        self._console.print(stage_line(run, _note(run)), markup=False)
+        if self._detail != "quiet":
+            self._console.print(stage_line(run), markup=False)
+        if self._detail == "verbose":
+            for sentence in stage_details(run):
+                self._console.print(f"      {sentence}", markup=False, style="dim")
 
     def _remove_bar(self) -> None:
         if self._bar is not None:
@@ -103,8 +116,15 @@ class _DelayedBar:
                 self._progress.start()
 
 
-def print_outcome(outcome: Outcome, folder: Path) -> None:
-    """The table, the remarks, the numbers behind the verdict and the verdict line, on stdout."""
+def print_outcome(outcome: Outcome, folder: Path, detail: Detail = "usual") -> None:
+    """The table, the remarks, the numbers behind the verdict and its line, on stdout; only that if `detail` is "quiet"."""
+    if detail != "quiet":
+        _print_table(outcome)
+    plain = Console(highlight=False, soft_wrap=True)
+    plain.print(verdict_line(outcome, str(folder)), markup=False, style="bold")
+
+
+def _print_table(outcome: Outcome) -> None:
     console = Console(highlight=False)
     table = engine_table(outcome)
     wanted = console.measure(table, options=console.options.update(width=WIDEST_TABLE)).maximum
@@ -114,7 +134,6 @@ def print_outcome(outcome: Outcome, folder: Path) -> None:
     plain = Console(highlight=False, soft_wrap=True)
     for line in (*remarks(outcome), *outcome_evidence(outcome)):
         plain.print(line, markup=False)
-    plain.print(verdict_line(outcome, str(folder)), markup=False, style="bold")
 
 
 def print_audit(table: Table, line: str) -> None:
@@ -133,25 +152,3 @@ def print_listing(table_within: Callable[[int], Table], lines: Iterable[str]) ->
     plain = Console(highlight=False, soft_wrap=True)
     for line in lines:
         plain.print(line, markup=False)
-
-
-def _note(run: StageRun) -> str:
-    """What a stage says beside its seconds."""
-    facts: Mapping[str, Any] = run.facts
-    if run.name == "fold":
-        left = f", {len(facts['skipped'])} left" if facts["skipped"] else ""
-        return f"{facts['folded']} batch norms folded{left}, differs by {facts['difference']:.0e}"
-    if run.name == "calibrate":
-        return f"{facts['images']} images, {facts['tensors']} activations"
-    if run.name == "cast fp16":
-        kept = f", {len(facts['fp32'])} of {facts['nodes']} nodes stay fp32" if facts["fp32"] else ""
-        return f"{facts['casts']} casts{kept}"
-    if run.name.startswith("place"):
-        return f"INT8 does not pay in {len(facts['left_out'])} of {facts['layers']} layers" if facts["left_out"] else ""
-    if run.name.startswith("quantize"):
-        rungs = f": {', '.join(facts['rungs'])}" if facts["int8_layers"] else ""
-        return f"{facts['int8_layers']} of {facts['layers']} layers to INT8{rungs}"
-    if run.name.startswith("build"):
-        counts = ", ".join(f"{count} × {precision}" for precision, count in facts["actual"].items())
-        return counts if facts["share"] > 0.995 else f"{counts} ({100 * facts['share']:.0f} % of the work)"
-    return ""

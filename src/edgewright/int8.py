@@ -159,8 +159,16 @@ class Int8Graphs:
                 "int8_layers": quantized.int8_layers,
                 "layers": sum(decision.operator in COMPUTE_OPERATORS for decision in quantized.plan.decisions),
                 "left_out": dict(climb.left_out),
-                "rungs": [rung.name for rung in climb.rungs if rung.taken],
-                "rung_seconds": {rung.name: rung.seconds for rung in climb.rungs},
+                "rungs": [
+                    {
+                        "name": rung.name,
+                        "taken": rung.taken,
+                        "note": rung.note,
+                        "seconds": rung.seconds,
+                        "sqnr_db": rung.choosing.sqnr_db,
+                    }
+                    for rung in climb.rungs
+                ],
                 "met": climb.met,
                 "notes": [f"int8 {dialect}: {note}" for note in climb.notes],
             }

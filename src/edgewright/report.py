@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgewright.outcome import EngineRow, Outcome, TargetChoice
 from edgewright.runtime.audit import in_words, shares_of_work, traffic
 from edgewright.runtime.specs import EngineInfo
-from edgewright.workspace import FIRST_TIME, StageRun
+from edgewright.workspace import StageRun
 
 if TYPE_CHECKING:
     from rich.box import Box
@@ -25,7 +25,6 @@ __all__ = [
     "in_short",
     "remarks",
     "stage_document",
-    "stage_line",
 ]
 
 EXIT_CODES = {"pass": 0, "fail": 3, "inconclusive": 4}
@@ -65,6 +64,7 @@ def stage_document(run: StageRun) -> dict[str, Any]:
         "cached": run.cached,
         "key": run.key,
         "changed": list(run.changed),
+        "bytes": run.bytes,
     }
 
 
@@ -300,13 +300,6 @@ def _kilobytes(count: int | None) -> str:
 def _short(value: float, digits: int) -> str:
     """Digits behind the point only where they say something: the table has 80 columns."""
     return f"{value:.{digits}f}" if value < 100 else f"{value:.0f}"
-
-
-def stage_line(run: StageRun, note: str) -> str:
-    """One line for a stage that was made or reused; `note` is what it has to say."""
-    what = "reused" if run.cached else f"{run.seconds:.1f} s"
-    why = "" if run.cached or run.changed == FIRST_TIME else f"changed: {', '.join(run.changed)}"
-    return "  ".join(part for part in (f"  {run.name:<29} {what:>7}", note, why) if part)
 
 
 def in_short(count: float, space: str = "") -> str:

@@ -41,6 +41,7 @@ class StageRun:
     * seconds: of making it, now or when it was made; cached: whether it was reused
     * changed: the parts for which it was made again
     * facts: what the stage has to say, plain values
+    * bytes: of the files that it wrote
     """
 
     name: str
@@ -49,6 +50,7 @@ class StageRun:
     key: str
     changed: tuple[str, ...]
     facts: Mapping[str, Any]
+    bytes: int = 0
 
 
 class Observer:
@@ -110,7 +112,7 @@ class Workspace:
         record = self._record(name)
         changed = self._changes(record, key, parts, outputs, name)
         if record and not changed:
-            run = StageRun(name, record["seconds"], True, key, (), record["facts"])
+            run = StageRun(name, record["seconds"], True, key, (), record["facts"], self._bytes(outputs))
         else:
             self.forget(f"{name}{KEY_SUFFIX}", *outputs)
             self.observer.started(name)
@@ -126,9 +128,12 @@ class Workspace:
                 "facts": facts,
             }
             write_json(self._record_path(name), content | {"sha256": _digest(content)})
-            run = StageRun(name, seconds, False, key, changed, facts)
+            run = StageRun(name, seconds, False, key, changed, facts, self._bytes(outputs))
         self.observer.finished(run)
         return run
+
+    def _bytes(self, outputs: Sequence[str]) -> int:
+        return sum(self.path(output).stat().st_size for output in outputs)
 
     def _record_path(self, name: str) -> Path:
         return self.folder / f"{name}{KEY_SUFFIX}"

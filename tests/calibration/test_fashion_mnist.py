@@ -311,10 +311,10 @@ GOOD = idx(np.arange(24, dtype=np.uint8).reshape(2, 3, 4))
         ("a", idx(np.zeros((3, 3, 4), np.uint8)), r"holds an array \[3, 3, 4\], Fashion-MNIST's is \[2, 3, 4\]"),
         ("a.gz", GOOD, "cannot read"),
         ("a.gz", b"", "within its header"),
-        ("a.gz", gzip.compress(GOOD)[:-12], "cannot read"),
-        ("a.gz", gzip.compress(GOOD)[:20] + b"\xff" * 20, "cannot read"),
-        ("a.gz", gzip.compress(GOOD[:-3]), "is truncated"),
-        ("a.gz", gzip.compress(GOOD)[:-8] + b"\0" * 8, "cannot read"),
+        ("a.gz", gzip.compress(GOOD, mtime=0)[:-12], "cannot read"),
+        ("a.gz", gzip.compress(GOOD, mtime=0)[:20] + b"\xff" * 20, "cannot read"),
+        ("a.gz", gzip.compress(GOOD[:-3], mtime=0), "is truncated"),
+        ("a.gz", gzip.compress(GOOD, mtime=0)[:-8] + b"\0" * 8, "cannot read"),
     ],
 )
 def test_damaged_idx_files_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -328,7 +328,7 @@ def test_damaged_idx_files_are_refused(tmp_path: Path, name: str, content: bytes
 
 @pytest.mark.parametrize("name", ["a", "a.gz"])
 def test_whole_idx_files_are_read(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(gzip.compress(GOOD) if name.endswith("gz") else GOOD)
+    (tmp_path / name).write_bytes(gzip.compress(GOOD, mtime=0) if name.endswith("gz") else GOOD)
     np.testing.assert_array_equal(read_idx(tmp_path / name, (2, 3, 4)).ravel(), np.arange(24))
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from edgewright.runtime.errors import ParityError
 from edgewright.runtime.latency import (
@@ -21,6 +21,7 @@ from edgewright.runtime.latency import (
     Latency,
     interleaved_samples,
     measure_interleaved,
+    median_interval,
     paired_ratio,
     warm_up,
 )
@@ -337,3 +338,20 @@ def test_ratio_mirrors_when_the_two_are_exchanged() -> None:
 def test_ratio_refuses(a: NDArray[np.float64], b: NDArray[np.float64], message: str) -> None:
     with pytest.raises(ParityError, match=message):
         paired_ratio(a, b)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.025, 0.01])
+@pytest.mark.parametrize("n", [1, 5, 6, 7, 20, 400])
+def test_interval_of_a_median_has_the_narrowest_ranks_that_hold_it(n: int, alpha: float) -> None:
+    """Ranks by scipy's binomial distribution: P(median outside) = 2 P(fewer than r of n are below it)."""
+    fitting = [r for r in range(1, n // 2 + 1) if 2 * binom.cdf(r - 1, n, 0.5) <= alpha]
+    rank = max(fitting, default=1)
+    low, high, confidence = median_interval(np.random.default_rng(3).permutation(n) + 1.0, alpha=alpha)
+    assert (low, high) == (rank, n + 1 - rank)
+    assert confidence == pytest.approx(max(0.0, 1 - 2 * binom.cdf(rank - 1, n, 0.5)))
+    assert (confidence >= 1 - alpha) == bool(fitting)
+
+
+def test_no_samples_have_no_median() -> None:
+    with pytest.raises(ParityError, match="have no median"):
+        median_interval([])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["AUDIT_DOCUMENT", "ENGINE_DOCUMENT", "ERROR_DOCUMENT", "STAGE", "ByName", "differences"]
+__all__ = ["AUDIT_DOCUMENT", "BENCH_DOCUMENT", "ENGINE_DOCUMENT", "ERROR_DOCUMENT", "STAGE", "ByName", "differences"]
 
 NUMBER, COUNTS = "number", "counts by name"
 
@@ -44,7 +44,7 @@ ENGINE = {
     "parity": (None, PARITY),
     "latency_ms": (None, LATENCY),
 }
-STAGE = {"name": str, "seconds": NUMBER, "cached": bool, "key": str, "changed": [str]}
+STAGE = {"name": str, "seconds": NUMBER, "cached": bool, "key": str, "changed": [str], "bytes": int}
 ENGINE_DOCUMENT = {
     "schema": ("edgewright.engine/1",),
     "model": str,
@@ -113,6 +113,58 @@ AUDIT_DOCUMENT = {
     "kernels": [KERNEL],
     "layers": [LAYER],
     "versions": ByName(str),
+}
+BENCH_CLOCKS = {
+    "governor": (str, None),
+    "cpu_mhz": (NUMBER, None),
+    "cpu_max_mhz": (NUMBER, None),
+    "turbo": (bool, None),
+    "load": (NUMBER, None),
+    "power_mode": (str, None),
+    "gpu_mhz": (NUMBER, None),
+    "gpu_range_mhz": (None, [NUMBER]),
+    "unread": ByName(str),
+}
+BENCH_LATENCY = {
+    **LATENCY, "min": NUMBER, "max": NUMBER, "mean": NUMBER, "p95": NUMBER, "cv": NUMBER, "p50_low": NUMBER,
+    "p50_high": NUMBER,
+}  # fmt: skip
+BENCH_RESULT = {
+    "path": str,
+    "backend": str,
+    "version": str,
+    "precision": (*PRECISIONS, None),
+    "sha256": str,
+    "bytes": int,
+    "input": [int],
+    "why": str,
+    "latency_ms": BENCH_LATENCY,
+    "throughput": {"qps": NUMBER, "images_per_second": NUMBER},
+    "stable": bool,
+    "preprocessing": (None, {"image": [int], "p50_ms": NUMBER}),
+}
+BENCHED = {
+    "path": str, "backend": str, "precision": (*PRECISIONS, None), "batch": int, "threads": int, "p50": NUMBER
+}  # fmt: skip
+BENCH_DOCUMENT = {
+    "schema": ("edgewright.bench/1",),
+    "machine": {"processor": str, "cores": int, "system": str, "board": str, "gpu": str},
+    "clocks": {"before": BENCH_CLOCKS, "after": BENCH_CLOCKS},
+    "seconds": NUMBER,
+    "results": [BENCH_RESULT],
+    "comparisons": [
+        {
+            "engine": BENCHED,
+            "baseline": BENCHED,
+            "ratio": NUMBER,
+            "interval": [NUMBER],
+            "confidence": NUMBER,
+            "paired": bool,
+            "rounds": (int, None),
+            "unlike": [str],
+        }
+    ],
+    "notes": [str],
 }
 
 

@@ -16,7 +16,9 @@ weights are trained in units of their quantization steps (cf. You et al. 2017, "
 Networks", for rates in proportion to the weights): a learning rate of 0.02 is a fiftieth of a step. Measured on
 mobilenet_effnet_b0 with min-max ranges, by the logit SQNR on 192 to 512 training images that were held back: 60 batches
 of 32 gave 16.5 → 21.3 dB in the CPU's dialect; 20 batches of 16 gave 21.5 → 25.9 dB in TensorRT's, 25.1 at a rate of
-0.005. Halfway through the 60 batches a rate of 0.02 stood at 20.6 dB, one of 0.1 at 17.7.
+0.005. Halfway through the 60 batches a rate of 0.02 stood at 20.6 dB, one of 0.1 at 17.7. The usual 200 batches of 64
+in TensorRT's dialect gave 21.3 → 27.3 dB on the 10,000 test images, which had no say in any of this: the loss fell from
+0.37 to 0.20 points, the agreement rose from 0.986 to 0.991.
 """
 
 from __future__ import annotations

@@ -1,0 +1,68 @@
+"""What helps at the prompt: an example below every command's options, and completion for the shells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import click
+
+__all__ = ["EXAMPLES", "add_examples", "commands_of", "completion"]
+
+COMPLETE_VARIABLE = "_EDGEWRIGHT_COMPLETE"
+SHELLS = ("bash", "zsh", "fish")
+
+EXAMPLES: dict[str, str] = {
+    "audit": "edgewright audit build/mobilenet_effnet_b0/onnxruntime-int8.onnx",
+    "bench": "edgewright bench build/lenet --precision fp32 --precision int8 --batch 1,8",
+    "blame": "edgewright blame mobilenet_effnet_b0 --dialect tensorrt",
+    "build": "edgewright build resnet50 --calibration photos --backend openvino",
+    "calibrate": "edgewright calibrate resnet50 --calibration photos --method entropy",
+    "calibration check": "edgewright calibration check photos --model resnet50 --evaluation labelled",
+    "completion": 'eval "$(edgewright completion bash)"',
+    "doctor": "edgewright doctor",
+    "engine": "edgewright engine my_net.py:build --calibration photos --evaluation labelled",
+    "explain": "edgewright explain mobilenet_effnet_b0 --dialect tensorrt",
+    "export": "edgewright export resnet50 --opset 19",
+    "fold": "edgewright fold mobilenet_effnet_b0",
+    "inspect": "edgewright inspect resnet50 --plot resnet50.svg",
+    "keygen": "edgewright keygen release",
+    "models": "edgewright models",
+    "pack": "edgewright pack mobilenet_effnet_b0 --sign release.key --archive",
+    "quantize": "edgewright quantize mobilenet_effnet_b0 --method percentile-99.9",
+    "run": "edgewright run photo.jpg --model mobilenet_effnet_b0 --top 3",
+    "train": "edgewright train lenet --epochs 2",
+    "unpack": "edgewright unpack lenet.edgewright --require-signature release.pub",
+    "verify": "edgewright verify mobilenet_effnet_b0 --max-drop 0.1",
+}
+"""By the command's words."""
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print what completes commands and options in SHELL.
+
+    For good: add the line of the example to ~/.bashrc, with zsh to ~/.zshrc, with fish write the output to
+    ~/.config/fish/completions/edgewright.fish.
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    root = click.get_current_context().find_root().command
+    assert kind is not None
+    click.echo(kind(root, {}, "edgewright", COMPLETE_VARIABLE).source())
+
+
+def commands_of(group: click.Group, words: str = "") -> Iterator[tuple[str, click.Command]]:
+    """All commands below `group`, by their words: "engine", "calibration check"."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands_of(command, f"{words}{name} ")
+        else:
+            yield f"{words}{name}", command
+
+
+def add_examples(group: click.Group) -> None:
+    """Below the help of every command."""
+    for words, command in commands_of(group):
+        command.epilog = f"\b\nExample:\n  {EXAMPLES[words]}"

@@ -1,0 +1,65 @@
+"""What a stage says of itself: a line for everybody, and what it did in detail for those who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from edgewright.workspace import FIRST_TIME, StageRun
+
+__all__ = ["stage_details", "stage_line"]
+
+NAME_WIDTH, SECONDS_WIDTH, BYTES_WIDTH = 29, 7, 8  # columns
+MEGABYTE = 1e6
+
+
+def stage_line(run: StageRun) -> str:
+    """Its name, seconds, what it wrote in megabytes, and what came of it."""
+    what = "reused" if run.cached else f"{run.seconds:.1f} s"
+    size = f"{run.bytes / MEGABYTE:.1f} MB" if run.bytes else ""
+    why = "" if run.cached or run.changed == FIRST_TIME else f"changed: {', '.join(run.changed)}"
+    columns = f"  {run.name:<{NAME_WIDTH}} {what:>{SECONDS_WIDTH}} {size:>{BYTES_WIDTH}}"
+    return "  ".join(part for part in (columns.rstrip(), _summary(run), why) if part)
+
+
+def stage_details(run: StageRun) -> Iterator[str]:
+    """What the passes of a stage did, a sentence each."""
+    facts = run.facts
+    if run.name == "fold":
+        for skip in facts["skipped"]:
+            yield f"batch norm left: {skip['node']}: {skip['reason']}"
+    if run.name == "cast fp16":
+        for decision in facts["fp32"]:
+            yield f"stays fp32: {decision['node']}: {decision['reason']}"
+    if run.name.startswith("quantize"):
+        for rung in facts["rungs"]:
+            taken = "" if rung["taken"] else ", not taken"
+            yield f"{rung['name']}{taken}: {rung['note']}, {rung['sqnr_db']:.1f} dB, {rung['seconds']:.1f} s"
+    for name, reason in facts.get("left_out", {}).items():
+        yield f"stays float: {name}: {reason}"
+    if not run.name.startswith("quantize"):
+        yield from facts.get("notes", ())
+
+
+def _summary(run: StageRun) -> str:
+    """What came of a stage, in a few words."""
+    facts: Mapping[str, Any] = run.facts
+    if run.name == "fold":
+        left = f", {len(facts['skipped'])} left" if facts["skipped"] else ""
+        return f"{facts['folded']} batch norms folded{left}, differs by {facts['difference']:.0e}"
+    if run.name == "calibrate":
+        return f"{facts['images']} images, {facts['tensors']} activations"
+    if run.name == "cast fp16":
+        kept = f", {len(facts['fp32'])} of {facts['nodes']} nodes stay fp32" if facts["fp32"] else ""
+        return f"{facts['casts']} casts{kept}"
+    if run.name.startswith("place"):
+        return f"INT8 does not pay in {len(facts['left_out'])} of {facts['layers']} layers" if facts["left_out"] else ""
+    if run.name.startswith("quantize"):
+        taken = ", ".join(rung["name"] for rung in facts["rungs"] if rung["taken"])
+        return f"{facts['int8_layers']} of {facts['layers']} layers to INT8" + (
+            f": {taken}" if facts["int8_layers"] else ""
+        )
+    if run.name.startswith("build"):
+        counts = ", ".join(f"{count} × {precision}" for precision, count in facts["actual"].items())
+        return counts if facts["share"] > 0.995 else f"{counts} ({100 * facts['share']:.0f} % of the work)"
+    return ""
