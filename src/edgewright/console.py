@@ -117,7 +117,7 @@ class _DelayedBar:
 
 
 def print_outcome(outcome: Outcome, folder: Path, detail: Detail = "usual") -> None:
-    """The table, the remarks, the numbers behind the verdict and its line, on stdout; only that if `detail` is "quiet"."""
+    """The table, the remarks, the numbers behind the verdict, and its line, on stdout; `detail` "quiet": only that."""
     if detail != "quiet":
         _print_table(outcome)
     plain = Console(highlight=False, soft_wrap=True)
