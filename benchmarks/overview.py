@@ -38,8 +38,9 @@ from edgewright.optimize.fold_batchnorm import fold_batchnorm
 from edgewright.optimize.placement import placed
 from edgewright.optimize.work import planned_layers
 from edgewright.runtime.backends import BACKENDS, BuildRequest
+from edgewright.runtime.gates import MaxDrop, judge
 from edgewright.runtime.latency import interleaved_samples, paired_ratio
-from edgewright.runtime.parity import Parity, compare, judge
+from edgewright.runtime.parity import Parity, compare
 from edgewright.workspace import library_versions, machine
 
 THREADS = 2
@@ -244,7 +245,7 @@ def _recommended(contestants: list[Contestant], medians: dict[str, float], parit
 
     def passes(name: str) -> bool:
         parity = parities[name]
-        return parity is None or judge(parity, Aim().budget).word == "pass"
+        return parity is None or judge(parity, [MaxDrop(Aim().budget)]).word == "pass"
 
     ours = [one.name for one in contestants if one.ours]
     return min([name for name in ours if passes(name)] or ours, key=lambda name: medians[name])

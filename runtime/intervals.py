@@ -12,6 +12,7 @@ the interval several times too wide.
 Sources
 * Wilson 1927 (J Am Stat Assoc 22:209): score interval of one proportion.
 * Newcombe 1998 (Stat Med 17:2635-2650), method 10: interval of p1 − p2 for paired data.
+* Bonett & Price 2006 (Stat Med 25:3039-3047), the hybrid Wilson score interval: interval of p1 / p2 for paired data.
 * McNemar's exact test: binomial with probability ½ on the discordant pairs.
 """
 
@@ -28,6 +29,7 @@ __all__ = [
     "binomial_half_cdf",
     "mcnemar_exact_p",
     "newcombe_paired_interval",
+    "paired_ratio_interval",
     "wilson_interval",
 ]
 
@@ -101,6 +103,36 @@ def _corrected_phi(a: float, b: float, c: float, d: float) -> float:
     if numerator > 0:
         numerator = max(numerator - (a + b + c + d) / 2, 0)
     return min(1.0, max(-1.0, numerator / math.sqrt(marginals)))
+
+
+def paired_ratio_interval(both: float, first_only: float, second_only: float, *, z: float = Z95) -> tuple[float, float]:
+    """Interval of p1 / p2 for paired proportions: Bonett & Price 2006, the hybrid Wilson score interval.
+
+    Images on which neither is right say nothing about the ratio, so that n is a + b + c here. Wilson's limits of both
+    proportions are taken at a z that their correlation has narrowed, and divided:
+
+        k = A / (B + C), A² = (b + c + 2) / ((x1 + 1)(x2 + 1)), B² = (1 − (x1 + 1)/(n + 2)) / (x1 + 1), C² alike of x2
+        lower = l1 / u2, upper = u1 / l2, where x1 = a + b, x2 = a + c
+
+    The upper bound is infinite where the second is never right. Counts may be fractions, for planning a sample. Raises
+    `ParityError` if a count is negative.
+    """
+    counts = (both, first_only, second_only)
+    n = sum(counts)
+    if not (min(counts) >= 0 and n < math.inf):
+        raise ParityError(f"the paired counts are {counts}, expected none below 0")
+    if n == 0:
+        return 0.0, math.inf
+    first, second = min(both + first_only, n), min(both + second_only, n)  # fractions: a sum may round above n
+    correlated = math.sqrt((first_only + second_only + 2) / ((first + 1) * (second + 1)))
+    z *= correlated / (_spread(first, n) + _spread(second, n))
+    (l1, u1), (l2, u2) = wilson_interval(first, n, z=z), wilson_interval(second, n, z=z)
+    return l1 / u2, u1 / l2 if l2 > 0 else math.inf
+
+
+def _spread(count: float, n: float) -> float:
+    """Standard error of log(count / n), with one success and two images more."""
+    return math.sqrt((1 - (count + 1) / (n + 2)) / (count + 1))
 
 
 def mcnemar_exact_p(first_only: int, second_only: int) -> float:

@@ -1,7 +1,7 @@
-"""Does an engine predict what the PyTorch model predicts? Logits of both on the same images → figures → a verdict.
+"""Does an engine predict what the PyTorch model predicts? Logits of both on the same images → figures.
 
-`compare` counts and measures, `judge` says PASS, FAIL or INCONCLUSIVE by the rules of docs/contract.md: with labels
-about the loss of top-1 accuracy, without labels about the share of images on which the two disagree.
+`compare` counts and measures, with labels the top-1 accuracy of both, without labels on how many images the two agree.
+Whether that is enough, `gates.py` says; what else a person wants to know of it, `figures.py`.
 
 Ties: of equal logits the one with the lowest index ranks first, as numpy's argmax has it, for both sides alike.
 """
@@ -9,40 +9,21 @@ Ties: of equal logits the one with the lowest index ranks first, as numpy's argm
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import ParityError
 from .intervals import PairedCounts, mcnemar_exact_p, newcombe_paired_interval, wilson_interval
+from .logits import checked_labels, checked_logits, chunks, finite_or_zero, finite_reference
 
-__all__ = [
-    "DEFAULT_BUDGET",
-    "STATUS_OF_VERDICT",
-    "PairedCounts",
-    "Parity",
-    "Source",
-    "Verdict",
-    "compare",
-    "judge",
-    "mcnemar_exact_p",
-    "newcombe_paired_interval",
-    "wilson_interval",
-]
+__all__ = ["PairedCounts", "Parity", "Source", "compare"]
 
 Source = Literal["engine", "simulation"]
-Word = Literal["pass", "fail", "inconclusive"]
-
-DEFAULT_BUDGET = 0.005  # half a point of top-1: docs/contract.md
-STATUS_OF_VERDICT: Mapping[Word, str] = {"pass": "verified", "fail": "over_budget", "inconclusive": "undecided"}
 
 SQNR_LIMIT_DB = 300.0  # JSON has no infinity; float32 logits that differ at all stay below about 215 dB
-LARGEST_LOGIT = float(np.finfo(np.float32).max)  # engines answer in float32: beyond it is as good as infinite
-MOST_IMAGES = 10_000_000  # nobody labels more to decide a budget
-CHUNK_ELEMENTS = 1 << 20  # 8 MiB per float64 temporary, whatever the number of images
 
 
 @dataclass(frozen=True)
@@ -108,44 +89,6 @@ class Parity:
         return cls(**values)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a comparison says about a budget.
-
-    * loss, lower, upper, budget: fractions; the first three as in `Parity.loss` and `loss_ci95`
-    * labelled: whether the loss is one of accuracy or, without labels, the share of disagreement
-    * images_needed: in total, to decide, if the proportions stay as they are; None where it is decided, or where no
-      realistic number (at most ten million) decides
-    """
-
-    word: Word
-    loss: float
-    lower: float
-    upper: float
-    budget: float
-    labelled: bool
-    images_needed: int | None
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in words; bounds are rounded outwards, so that what is written is true."""
-        budget = f"{100 * self.budget:.6g}" + ("" if self.labelled else " %")
-        if self.word == "inconclusive":
-            some = "no realistic number of" if self.images_needed is None else f"about {_about(self.images_needed)}"
-            return f"INCONCLUSIVE: {some} images would decide a budget of {budget}"
-        return f"{self.word.upper()}: {self._claim()} (95 %), budget {budget}"
-
-    def _claim(self) -> str:
-        passes = self.word == "pass"
-        points = _outward_percent(self.upper if passes else self.lower, self.budget, up=passes)
-        bound = "at most" if passes else "at least"
-        if not self.labelled:
-            return f"differs from PyTorch on {bound} {points} % of the images"
-        if passes and points.startswith("-"):
-            return f"gains at least {points[1:]} points"
-        return f"loses {bound} {points} points"
-
-
 def compare(
     reference: NDArray[Any], candidate: NDArray[Any], labels: NDArray[Any] | None, *, source: Source = "engine"
 ) -> Parity:
@@ -157,16 +100,16 @@ def compare(
 
     Raises `ParityError` if the shapes differ or are empty, if the reference is not finite, if the labels do not fit.
     """
-    reference, candidate = _checked_logits(reference, candidate)
+    reference, candidate = checked_logits(reference, candidate)
     images, classes = reference.shape
     if labels is not None:
-        labels = _checked_labels(labels, images, classes)
+        labels = checked_labels(labels, images, classes)
     reference_rank, rank = np.empty(images, np.int64), np.empty(images, np.int64)
     agrees, finite = np.empty(images, np.bool_), np.empty(images, np.bool_)
     figures = np.empty((4, images))
-    for rows in _chunks(images, classes):
-        expected = _finite_reference(reference[rows], rows.start)
-        answered, finite[rows] = _finite_or_zero(candidate[rows])
+    for rows in chunks(images, classes):
+        expected = finite_reference(reference[rows], rows.start)
+        answered, finite[rows] = finite_or_zero(candidate[rows])
         predicted = expected.argmax(axis=1)
         agrees[rows] = finite[rows] & (answered.argmax(axis=1) == predicted)
         right = predicted if labels is None else labels[rows]
@@ -183,103 +126,6 @@ def compare(
         **(_disagreement(agrees) if labels is None else _accuracy(reference_rank, rank, min(5, classes))),
         **_logit_figures(figures[:, finite]),
     )
-
-
-def judge(parity: Parity, budget: float = DEFAULT_BUDGET) -> Verdict:
-    """PASS if the upper bound of the loss ≤ budget, FAIL if the lower bound > budget, otherwise INCONCLUSIVE.
-
-    The budget is a fraction in 0…1; raises `ParityError` for any other.
-    """
-    if not 0 <= budget <= 1:
-        raise ParityError(f"the budget is {budget}, expected a fraction from 0 to 1", "half a point is 0.005")
-    lower, upper = parity.loss_ci95
-    word = _word(lower, upper, budget)
-    needed = _images_needed(parity, budget) if word == "inconclusive" else None
-    return Verdict(word, parity.loss, lower, upper, budget, parity.labelled, needed)
-
-
-def _word(lower: float, upper: float, budget: float) -> Word:
-    if upper <= budget:
-        return "pass"
-    return "fail" if lower > budget else "inconclusive"
-
-
-def _images_needed(parity: Parity, budget: float) -> int | None:
-    """Smallest number of images that decides if the observed proportions stay: all cells are scaled alike."""
-
-    def decides(images: int) -> bool:
-        return _word(*_loss_interval(parity, images), budget) != "inconclusive"
-
-    if parity.images >= MOST_IMAGES or not decides(MOST_IMAGES):  # never, for one, where the loss equals the budget
-        return None
-    too_few, enough = parity.images, min(2 * parity.images, MOST_IMAGES)
-    while not decides(enough):
-        too_few, enough = enough, min(2 * enough, MOST_IMAGES)
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        too_few, enough = (too_few, middle) if decides(middle) else (middle, enough)
-    return enough
-
-
-def _loss_interval(parity: Parity, images: int) -> tuple[float, float]:
-    """The interval of the loss if `images` images had shown the proportions of `parity`."""
-    scale = images / parity.images
-    if parity.pairs is None:
-        return wilson_interval(min(parity.disagreeing * scale, images), images)
-    cells = parity.pairs
-    return newcombe_paired_interval(
-        cells.both * scale, cells.reference_only * scale, cells.engine_only * scale, cells.neither * scale
-    )
-
-
-def _checked_logits(reference: NDArray[Any], candidate: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
-    reference, candidate = np.asarray(reference), np.asarray(candidate)
-    if reference.shape != candidate.shape:
-        raise ParityError(
-            f"the reference has logits of shape {list(reference.shape)}, the engine {list(candidate.shape)}",
-            "compare the same images and the same output",
-        )
-    if reference.ndim != 2 or reference.shape[0] < 1 or reference.shape[1] < 2:
-        raise ParityError(f"the logits have shape {list(reference.shape)}, expected [images, classes], 1 × 2 or more")
-    for name, logits in (("reference", reference), ("engine", candidate)):
-        if logits.dtype.kind not in "fiu":
-            raise ParityError(f"the logits of the {name} are {logits.dtype}, expected real numbers")
-    return reference, candidate
-
-
-def _checked_labels(labels: NDArray[Any], images: int, classes: int) -> NDArray[Any]:
-    labels = np.asarray(labels)
-    if labels.shape != (images,) or labels.dtype.kind not in "iu":
-        found = f"{labels.dtype} of shape {list(labels.shape)}"
-        raise ParityError(f"the labels are {found}, expected an integer for each of the {images} images")
-    outside = np.flatnonzero((labels < 0) | (labels >= classes))
-    if outside.size:
-        fact = f"image {outside[0]} has label {labels[outside[0]]}, expected 0 to {classes - 1}"
-        raise ParityError(fact, "labels and model must use the same list of classes")
-    return labels.astype(np.int64)
-
-
-def _chunks(images: int, classes: int) -> Iterator[slice]:
-    step = max(1, CHUNK_ELEMENTS // classes)
-    return (slice(start, min(start + step, images)) for start in range(0, images, step))
-
-
-def _finite_reference(logits: NDArray[Any], first_image: int) -> NDArray[np.float64]:
-    logits, finite = _finite_or_zero(logits)
-    if not finite.all():
-        image = first_image + int(finite.argmin())
-        raise ParityError(
-            f"the reference has a NaN or infinite logit on image {image}", "check weights and preprocessing"
-        )
-    return logits
-
-
-def _finite_or_zero(logits: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The logits, float64 `[n, C]`, with rows that are not finite set to 0, and which rows `[n]` are finite."""
-    logits = logits.astype(np.float64)
-    finite = np.asarray((np.abs(logits) <= LARGEST_LOGIT).all(axis=1))  # false for NaN too
-    logits[~finite] = 0
-    return logits, finite
 
 
 def _rank(logits: NDArray[np.float64], classes: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -332,19 +178,3 @@ def _accuracy(reference_rank: NDArray[np.int64], rank: NDArray[np.int64], k: int
 def _disagreement(agrees: NDArray[np.bool_]) -> dict[str, Any]:
     unknown = dict.fromkeys(("reference_top1", "reference_top5", "top1", "top5", "delta", "pairs", "mcnemar_p"))
     return {**unknown, "loss_ci95": wilson_interval(int((~agrees).sum()), len(agrees))}
-
-
-def _about(images: int) -> str:
-    """Rounded up to two digits, such as "38,000": so many do decide."""
-    unit = 10 ** max(0, len(str(images)) - 2)
-    return f"{-(-images // unit) * unit:,}"
-
-
-def _outward_percent(share: float, budget: float, *, up: bool) -> str:
-    """A bound in percent, rounded outwards to two decimals, or to as many as keep it on its side of the budget."""
-    for decimals in range(2, 9):
-        scaled = 100 * share * 10**decimals
-        rounded = (math.ceil(scaled - 1e-6) if up else math.floor(scaled + 1e-6)) / 10**decimals
-        if (rounded <= 100 * budget) if up else (rounded > 100 * budget):
-            break
-    return f"{rounded + 0.0:.{decimals}f}"  # + 0.0: no "-0.00"

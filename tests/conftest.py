@@ -20,11 +20,12 @@ from edgewright.export.models import MODELS
 from edgewright.export.resolve import resolve
 from edgewright.outcome import Outcome
 from edgewright.pipeline import Options, Pipeline
+from edgewright.runtime.gates import MaxDrop
 from edgewright.workspace import source_hash
 from stage_modules import replace_in_stages
 from tiny_network import PREPROCESS, TINY_MODELS, place_by_rules, write_images
 
-pytest_plugins = ["cuda_objects", "device_fixtures", "own_process"]
+pytest_plugins = ["pytester", "cuda_objects", "device_fixtures", "own_process"]
 
 BUDGET = 0.08  # with 60 images of which none is lost the upper bound is 0.06
 
@@ -116,7 +117,11 @@ def finished_gpu(shared_images: Images, tmp_path_factory: pytest.TempPathFactory
 def _proven(model: str, build_dir: Path, images: Images, **options: Any) -> Outcome:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, model, TINY_MODELS[model])
-        given: dict[str, Any] = {"calibration": images.calibration, "evaluation": images.evaluation, "budget": BUDGET}
+        given: dict[str, Any] = {
+            "calibration": images.calibration,
+            "evaluation": images.evaluation,
+            "gates": (MaxDrop(BUDGET),),
+        }
         stages = Pipeline(Options(model, build_dir=build_dir, **given, **options))
         with stages.workspace.locked():
             return stages.prove()

@@ -39,6 +39,7 @@ from edgewright.runtime.errors import (
     ParityError,
     QuantizationError,
 )
+from edgewright.runtime.gates import MaxDrop
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.session import Session
 from edgewright.runtime.specs import BatchProfile
@@ -76,7 +77,7 @@ def prove(build_dir: Path, images: Any) -> Prove:
 
     def run(**options: Any) -> Outcome:
         given = {"build_dir": build_dir, "calibration": images.calibration, "evaluation": images.evaluation}
-        chosen = {"budget": 0.08, "backends": ("onnxruntime",)}
+        chosen = {"gates": (MaxDrop(0.08),), "backends": ("onnxruntime",)}
         pipeline = Pipeline(Options("tiny", **{**chosen, **given, **options}))
         with pipeline.workspace.locked():
             return pipeline.prove()
@@ -152,7 +153,9 @@ def test_no_temporary_file_is_left(finished: tuple[Path, Outcome]) -> None:
 def test_one_channel(tmp_path: Path, images: Any) -> None:
     (images.evaluation / "labels.csv").unlink()
     folders = {"calibration": images.calibration, "evaluation": images.evaluation}
-    options = Options("tiny_gray", "default", tmp_path / "gray", 18, budget=1.0, backends=("onnxruntime",), **folders)
+    options = Options(
+        "tiny_gray", "default", tmp_path / "gray", 18, gates=(MaxDrop(1.0),), backends=("onnxruntime",), **folders
+    )
     pipeline = Pipeline(options)
     with pipeline.workspace.locked():
         outcome = pipeline.prove()
@@ -242,7 +245,7 @@ ANOTHER_CALIBRATION = rebuilt(graphs=False, calibration=False) | {"quantize cpu"
             {"threads": 1},
             dict.fromkeys(("quantize cpu", f"verify {FP32}", f"verify {INT8}", "latency"), ("threads",)),
         ),
-        ({"budget": 0.5}, {"quantize cpu": ("budget",)}),
+        ({"gates": (MaxDrop(0.5),)}, {"quantize cpu": ("budget",)}),
         ({"seed": 5}, {"quantize cpu": ("seed",)}),
         ({"allow_overlap": True}, {}),
         ({"remainder": "fp32", "profile": BatchProfile(1, 1, 1), "targets": ("sm89",), "workspace": 1 << 20}, {}),
@@ -762,7 +765,7 @@ def prove_gpu(gpu_build_dir: Path, images: Any) -> Prove:
 
     def run(model: str = "tiny_linear", **options: Any) -> Outcome:
         given = {"build_dir": gpu_build_dir, "calibration": images.calibration, "evaluation": images.evaluation}
-        chosen = {"budget": 0.08, "backends": ("onnxruntime", "tensorrt-rtx"), "targets": ("sm86",)}
+        chosen = {"gates": (MaxDrop(0.08),), "backends": ("onnxruntime", "tensorrt-rtx"), "targets": ("sm86",)}
         pipeline = Pipeline(Options(model, **{**chosen, **given, **options}))
         with pipeline.workspace.locked():
             return pipeline.prove()

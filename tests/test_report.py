@@ -20,11 +20,14 @@ from edgewright.report import (
     audit_table,
     engine_document,
     remarks,
-    verdict_line,
 )
+from edgewright.runtime.figures import further_figures
+from edgewright.runtime.gates import judge
 from edgewright.runtime.latency import Latency
-from edgewright.runtime.parity import STATUS_OF_VERDICT, compare, judge
+from edgewright.runtime.parity import compare
 from edgewright.runtime.specs import EngineInfo, Kernel, LayerPrecision
+from edgewright.runtime.verdict import STATUS_OF_VERDICT
+from edgewright.verdict_report import verdict_line
 from edgewright.workspace import StageRun
 
 IMAGES = 10_000
@@ -73,8 +76,9 @@ def row(backend: str, precision: str, status: str, *, lost: int = 0, p50: float 
         return EngineRow(backend, precision, "sm86", status, verdict.word, words, path, known, parity, verdict)
     assert STATUS_OF_VERDICT[verdict.word] == status
     latency = None if p50 is None else measured(p50)
+    figures = further_figures(reference, engine, labels, ("shoe", "shirt"))
     return EngineRow(
-        backend, precision, None, status, verdict.word, verdict.sentence, path, known, parity, verdict, latency
+        backend, precision, None, status, verdict.word, verdict.sentence, path, known, parity, verdict, latency, figures
     )
 
 
@@ -270,14 +274,14 @@ def test_the_last_line_names_the_engine_to_take(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("outcome", "sentence"),
     [
-        (outcome_of(verdict="fail"), "FAIL: no engine stays within the budget; none is recommended"),
+        (outcome_of(verdict="fail"), "FAIL: no engine passes; none is recommended"),
         (
             outcome_of(
                 row("openvino", "int8", "over_budget", lost=950),
                 row("onnxruntime", "int8", "over_budget", lost=900),
                 verdict="fail",
             ),
-            "FAIL: no engine stays within the budget; the closest, onnxruntime int8, loses ",
+            "FAIL: no engine passes; the closest is onnxruntime int8: loses at least ",
         ),
         (
             outcome_of(row("openvino", "int8", "undecided", lost=45), verdict="inconclusive"),

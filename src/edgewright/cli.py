@@ -31,6 +31,7 @@ from edgewright.cli_options import (
     detail_wanted,
     graph_options,
     json_option,
+    junit_option,
     pipeline_options,
     rebuild_option,
     run_options,
@@ -185,17 +186,19 @@ def build(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _prove(as_json: bool, **arguments: Any) -> int:
+def _prove(as_json: bool, junit: Path | None = None, **arguments: Any) -> int:
     from edgewright.console import ConsoleObserver, print_outcome
+    from edgewright.junit_report import cases_of, reported_to
     from edgewright.pipeline import Pipeline
     from edgewright.report import EXIT_CODES, engine_document
     from edgewright.runtime.choice import REPORT_FILE
     from edgewright.runtime.files import write_json
 
-    with ConsoleObserver(detail_wanted()) as observer:
+    with ConsoleObserver(detail_wanted()) as observer, reported_to(junit, arguments["model"]) as report:
         pipeline = Pipeline(pipeline_options(**arguments), observer)
         with pipeline.workspace.locked():
             outcome = pipeline.prove()
+            report(cases_of(outcome))
             document = engine_document(outcome)
             write_json(pipeline.workspace.path(REPORT_FILE), document)
     if as_json:
@@ -207,6 +210,7 @@ def _prove(as_json: bool, **arguments: Any) -> int:
 
 @cli.command()
 @run_options
+@junit_option
 def engine(**arguments: Any) -> int:
     """Everything: export, fold, calibrate, quantize, build, and prove every engine against PyTorch.
 
@@ -217,6 +221,7 @@ def engine(**arguments: Any) -> int:
 
 @cli.command()
 @run_options
+@junit_option
 @bundle_options
 @or_bundle(verify_engines)
 def verify(**arguments: Any) -> int:

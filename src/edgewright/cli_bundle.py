@@ -30,7 +30,7 @@ KEY_DIGITS = 16  # of a key's fingerprint, for a person; documents have all of t
 @click.option(
     "--bundle-version", type=click.IntRange(1, 2**31 - 1), metavar="N", help="Default: one more, if it differs."
 )
-@click.option("--allow-failed", is_flag=True, help="Pack although no engine stays within the budget.")
+@click.option("--allow-failed", is_flag=True, help="Pack although no engine passes.")
 def pack(
     as_json: bool, archive: bool, sign: Path | None, bundle_version: int | None, allow_failed: bool, **arguments: Any
 ) -> int:
@@ -59,7 +59,7 @@ def pack(
     elif packed is not None:
         click.echo("\n".join(_lines(outcome, packed)))
     if packed is None:
-        click.echo("not packed: no engine stays within the budget; --allow-failed packs it all the same", err=True)
+        click.echo("not packed: no engine passes; --allow-failed packs it all the same", err=True)
         return EXIT_CODES[outcome.verdict]
     return 0
 

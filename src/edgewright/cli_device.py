@@ -23,7 +23,7 @@ __all__ = ["build_engines", "doctor_lines", "or_bundle", "say", "verify_engines"
 
 WIDTH = 80
 NOT_PROVEN = 3
-FOR_BUNDLES = {*BUNDLE_ONLY, "model", "backends", "precisions", "workspace", "dla", "as_json"}
+FOR_BUNDLES = {*BUNDLE_ONLY, "junit", "model", "backends", "precisions", "workspace", "dla", "as_json"}
 """Parameters of `build` and `verify` that mean something for a bundle."""
 OF_A_BUILD = {"workspace", "dla"}
 HEADINGS = ("backend", "precision", "status", "SQNR", "agreement", "ms", "MB")
@@ -66,14 +66,18 @@ def build_engines(
 
 
 def verify_engines(
-    bundle: Path, *, backends: tuple[str, ...], precisions: tuple[str, ...], as_json: bool, **trust: Any
-) -> int:
+    bundle: Path, *, backends: tuple[str, ...], precisions: tuple[str, ...], junit: Path | None, as_json: bool,
+    **trust: Any,
+) -> int:  # fmt: skip
     """`edgewright verify BUNDLE`; returns its exit code."""
+    from edgewright.junit_report import cases_of_device, reported_to
     from edgewright.runtime.device.verify import verify_bundle
 
     _refuse_given(lambda name: name in OF_A_BUILD, "plays no role when a bundle is verified")
     trust = {name: value for name, value in trust.items() if name not in OF_A_BUILD}
-    report = verify_bundle(bundle, backends=backends, precisions=precisions, say=say, **trust)
+    with reported_to(junit, bundle.name) as keep:
+        report = verify_bundle(bundle, backends=backends, precisions=precisions, say=say, **trust)
+        keep(cases_of_device(report))
     _print_report(report, "device-verify", as_json)
     if not report.rows:
         say(f"no engine of this bundle is kept for this device; edgewright build {bundle}")

@@ -26,6 +26,7 @@ __all__ = [
     "detail_wanted",
     "graph_options",
     "json_option",
+    "junit_option",
     "method_option",
     "network_options",
     "pipeline_options",
@@ -52,6 +53,12 @@ METHODS = [
 BUNDLE_ONLY = ("require_signature", "allow_older", "cache", "rebuild")
 """Parameters that mean something for a bundle alone."""
 
+junit_option = click.option(
+    "--junit",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Also as JUnit XML, for CI systems.",
+)
 DETAIL = "edgewright.detail"
 """Where a context keeps how much of the stages is told."""
 
@@ -213,10 +220,19 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--max-drop",
         type=click.FloatRange(0.0, 100.0),
-        default=0.5,
-        show_default=True,
-        help="Budget: the largest loss of top-1, in points.",
+        metavar="POINTS",
+        help="Budget: the largest loss of top-1; default: 0.5, or none with --min-ratio.",
     ),
+    click.option(
+        "--min-ratio",
+        type=click.FloatRange(0.0, 1.0),
+        metavar="RATIO",
+        help="The least top-1 as a share of the reference's, such as MLPerf's 0.99.",
+    ),
+    click.option(
+        "--min-agreement", type=click.FloatRange(0.0, 1.0), metavar="SHARE", help="Of images with the same top-1."
+    ),
+    click.option("--min-sqnr", type=float, metavar="DB", help="Of the logits, beside the reference's."),
     threads_option,
     click.option(
         "--already-quantized",
@@ -330,16 +346,16 @@ def graph_options(build_dir: Path, opset: int, **source: Any) -> Options:
     )
 
 
-def pipeline_options(
-    max_drop: float, target: str, batch: tuple[int, int, int], workspace: int | None, **arguments: Any
-) -> Options:
-    """What `run_options` say."""
+def pipeline_options(target: str, batch: tuple[int, int, int], workspace: int | None, **arguments: Any) -> Options:
+    """What `run_options` say. Raises `ParityError` if a gate makes no sense."""
+    from edgewright.runtime.gates import gates_of
     from edgewright.runtime.specs import BatchProfile
 
+    gates = gates_of(**{name: arguments.pop(name) for name in inspect.signature(gates_of).parameters})
     names = ("build_dir", "opset", *inspect.signature(as_request).parameters)
     return replace(
         graph_options(**{name: arguments.pop(name) for name in names}),
-        budget=max_drop / 100,
+        gates=gates,
         targets=tuple(dict.fromkeys(word.strip() for word in target.split(",") if word.strip())),
         profile=BatchProfile(*batch),
         workspace=None if workspace is None else workspace << 20,

@@ -16,8 +16,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from edgewright.outcome import Outcome
-from edgewright.report import engine_table, remarks, verdict_line
+from edgewright.report import engine_table, remarks
 from edgewright.stage_text import stage_details, stage_line
+from edgewright.verdict_report import outcome_evidence, verdict_line
 from edgewright.workspace import Observer, StageRun
 
 __all__ = ["ConsoleObserver", "Detail", "print_audit", "print_listing", "print_outcome"]
@@ -116,7 +117,7 @@ class _DelayedBar:
 
 
 def print_outcome(outcome: Outcome, folder: Path, detail: Detail = "usual") -> None:
-    """The table, the remarks and the verdict line, on stdout; only the verdict line if `detail` is "quiet"."""
+    """The table, the remarks, the numbers behind the verdict, and its line, on stdout; `detail` "quiet": only that."""
     if detail != "quiet":
         _print_table(outcome)
     plain = Console(highlight=False, soft_wrap=True)
@@ -131,7 +132,7 @@ def _print_table(outcome: Outcome) -> None:
     console.print(table)
     console.print()
     plain = Console(highlight=False, soft_wrap=True)
-    for line in remarks(outcome):
+    for line in (*remarks(outcome), *outcome_evidence(outcome)):
         plain.print(line, markup=False)
 
 

@@ -15,7 +15,7 @@ from edgewright.export.entries import InputShape, ModelSource
 from edgewright.export.resolve import ModelRequest, folder_name, resolve
 from edgewright.runtime.backends import BACKENDS
 from edgewright.runtime.errors import BuildError, EdgewrightError, ModelError
-from edgewright.runtime.parity import DEFAULT_BUDGET
+from edgewright.runtime.gates import DEFAULT_GATES, Gate, budget_of, check_labelled
 from edgewright.runtime.preprocess import Preprocess
 from edgewright.runtime.specs import BatchProfile
 from edgewright.workspace import Observer, StageRun, Workspace, source_hash
@@ -36,7 +36,7 @@ class Options:
 
     * model, weights, model_options, completion: as in `ModelRequest`
     * calibration, evaluation: folders of images; None is what ships with the project, where it does
-    * method: of the activation ranges; budget: largest loss of top-1, a fraction
+    * method: of the activation ranges; gates: what an engine has to reach, all of them
     * backends, precisions: which engines to build; empty means all
     * targets: the GPU architectures to build ahead of time for
     * remainder: what the layers of an INT8 engine that are not INT8 run in on NVIDIA's targets, "fp16" or "fp32"
@@ -58,7 +58,7 @@ class Options:
     evaluation: Path | None = None
     allow_overlap: bool = False
     method: str = "auto"
-    budget: float = DEFAULT_BUDGET
+    gates: tuple[Gate, ...] = DEFAULT_GATES
     backends: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ()
     targets: tuple[str, ...] = DEFAULT_TARGETS
@@ -77,6 +77,11 @@ class Options:
     already_quantized: str = "refuse"
 
     @property
+    def budget(self) -> float:
+        """The loss of top-1, a fraction, that all gates allow: what quantization aims at."""
+        return budget_of(self.gates)
+
+    @property
     def request(self) -> ModelRequest:
         """What is said about the network."""
         return ModelRequest(self.model, self.weights, self.model_options, self.completion, self.already_quantized)
@@ -91,9 +96,10 @@ class RunContext:
         _check_choice("precision", options.precisions, _all("precisions"))
         _check_choice("target", options.targets, _all("targets"))
         self.source: ModelSource = resolve(options.request)
-        for folder in (options.calibration, options.evaluation):
-            if folder is not None:
-                image_folder(folder)  # says before the first stage what is wrong without knowing the labels
+        if options.calibration is not None:
+            image_folder(options.calibration)  # says before the first stage what is wrong without knowing the labels
+        if options.evaluation is not None:
+            check_labelled(options.gates, labelled=image_folder(options.evaluation).labels is not None)
         if options.finetune is not None and options.finetune != FASHION_MNIST:
             image_folder(Path(options.finetune))
         if options.calib_cache is not None:

@@ -44,7 +44,8 @@ from edgewright.rungs import (
     rounded,
 )
 from edgewright.runtime.backends import backend_reading
-from edgewright.runtime.parity import DEFAULT_BUDGET, Parity, compare
+from edgewright.runtime.gates import DEFAULT_BUDGET
+from edgewright.runtime.parity import Parity, compare
 
 __all__ = ["Aim", "CalibrationImages", "Climb", "Fidelity", "Ladder", "Rung"]
 

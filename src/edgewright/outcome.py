@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edgewright.runtime.audit import Traffic, in_words, traffic
+from edgewright.runtime.figures import Figures
 from edgewright.runtime.latency import Latency
-from edgewright.runtime.parity import Parity, Verdict
+from edgewright.runtime.parity import Parity
 from edgewright.runtime.specs import EngineInfo
+from edgewright.runtime.verdict import STATUS_OF_VERDICT, Verdict
 from edgewright.workspace import StageRun
 
 __all__ = ["EngineRow", "Outcome", "Reference", "TargetChoice", "conclusion", "target_choices"]
@@ -32,6 +34,12 @@ class EngineRow:
     parity: Parity | None = None
     verdict: Verdict | None = None
     latency: Latency | None = None
+    figures: Figures | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as "tensorrt-rtx int8 sm86"."""
+        return " ".join(word for word in (self.backend, self.precision, self.target) if word)
 
     @property
     def ran(self) -> bool:
@@ -82,6 +90,15 @@ class Outcome:
     targets: tuple[TargetChoice, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def decisive(self) -> EngineRow | None:
+        """The row that speaks for the run: the recommended one, else of those with its verdict what lost least."""
+        if self.recommended is not None:
+            return self.recommended
+        status = STATUS_OF_VERDICT["fail" if self.verdict == "fail" else "inconclusive"]
+        rows = [row for row in self.rows if row.status == status and row.parity is not None]
+        return min(rows, key=_lost, default=None)
+
 
 def conclusion(rows: Sequence[EngineRow]) -> tuple[str, EngineRow | None]:
     """The verdict of the best row, and the fastest row that passes.
@@ -100,6 +117,10 @@ def conclusion(rows: Sequence[EngineRow]) -> tuple[str, EngineRow | None]:
     ran = any(row.status == "over_budget" for row in rows)
     built = any(row.status in ("simulated", "built_not_run") and row.reason_code != "fail" for row in rows)
     return ("inconclusive" if built and not ran else "fail"), None
+
+
+def _lost(row: EngineRow) -> float:
+    return 1.0 if row.parity is None else row.parity.loss
 
 
 def target_choices(rows: Sequence[EngineRow]) -> tuple[TargetChoice, ...]:

@@ -79,16 +79,22 @@ class Pipeline:
         """A row for every engine: built, or skipped or failed with its reason."""
         return self.engines.rows
 
+    @property
+    def judged(self) -> tuple[EngineRow, ...]:
+        """A row for every engine, run or simulated beside the source on the evaluation images; none is timed."""
+        self.context.ask_for(VERDICT_NEEDS)
+        self.graphs.check_images(calibration=self.engines.need_calibration)
+        built = self.engines.rows
+        _ = self.proof.reference  # before the engines: PyTorch and the backends' threads do not mix well
+        return tuple(self.proof.judged(row) for row in built)
+
     def prove(self) -> Outcome:
         """Runs every engine and the PyTorch model on the same evaluation images, and times the engines in turns.
 
         Engines for a device that is not here are simulated where that says something.
         """
-        self.context.ask_for(VERDICT_NEEDS)
-        self.graphs.check_images(calibration=self.engines.need_calibration)
-        built, source = self.engines.rows, self.context.source
+        judged, source = self.judged, self.context.source
         expected, images = self.proof.reference, self.graphs.evaluation_images
-        judged = [self.proof.judged(row) for row in built]
         latencies = self.proof.latencies([row for row in judged if row.ran])
         rows = tuple(replace(row, latency=latencies.get(str(row.path))) for row in judged)
         own = compare(expected, expected, images.labels)

@@ -28,10 +28,13 @@ from edgewright.graphs import Graphs
 from edgewright.outcome import EngineRow
 from edgewright.runtime.backends import BACKENDS, Runner, backend_named
 from edgewright.runtime.errors import EngineError
+from edgewright.runtime.figures import further_figures
 from edgewright.runtime.files import write_bytes
+from edgewright.runtime.gates import judge
 from edgewright.runtime.latency import Latency, measure_interleaved
-from edgewright.runtime.parity import STATUS_OF_VERDICT, Source, compare, judge
+from edgewright.runtime.parity import Source, compare
 from edgewright.runtime.specs import OnnxArtifact
+from edgewright.runtime.verdict import STATUS_OF_VERDICT
 from edgewright.workspace import library_versions, machine, source_hash
 
 __all__ = ["Proof"]
@@ -150,7 +153,8 @@ class Proof:
         engine = source == "engine"
         labels = self._graphs.evaluation_images.labels
         parity = compare(self.reference, logits, labels, source=source)
-        verdict = judge(parity, self._context.options.budget)
+        verdict = judge(parity, self._context.options.gates)
+        names = self._graphs.exported.labels
         return replace(
             row,
             status=STATUS_OF_VERDICT[verdict.word] if engine else "simulated",
@@ -158,6 +162,7 @@ class Proof:
             reason=verdict.sentence if engine else f"its numerics were simulated on the CPU: {verdict.sentence}",
             parity=parity,
             verdict=verdict,
+            figures=further_figures(self.reference, logits, labels, names),
         )
 
     def _engine_logits(self, row: EngineRow) -> Logits:

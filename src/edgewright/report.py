@@ -25,7 +25,6 @@ __all__ = [
     "in_short",
     "remarks",
     "stage_document",
-    "verdict_line",
 ]
 
 EXIT_CODES = {"pass": 0, "fail": 3, "inconclusive": 4}
@@ -84,6 +83,8 @@ def _engine(row: EngineRow) -> dict[str, Any]:
         "reason": row.reason,
         "audit": _audit(row),
         "parity": row.parity.to_json() if row.parity is not None else None,
+        "gates": [finding.to_json() for finding in row.verdict.findings] if row.verdict is not None else [],
+        "figures": row.figures.to_json() if row.figures is not None else None,
         "latency_ms": row.latency.to_json() if row.latency is not None else None,
     }
 
@@ -265,28 +266,6 @@ def _slower(rows: Sequence[EngineRow]) -> list[str]:
                 f"{in_words(theirs)}"
             )
     return lines
-
-
-def verdict_line(outcome: Outcome, folder: str) -> str:
-    """The last line: the verdict of the best row, and the engine to take."""
-    best = outcome.recommended
-    if best is not None and best.verdict is not None:
-        return f"{best.verdict.sentence}; take {best.backend} {best.precision}: {folder}/{best.path}"
-    undecided = next((row.verdict for row in outcome.rows if row.status == "undecided" and row.verdict), None)
-    if outcome.verdict == "inconclusive" and undecided is not None:
-        return f"{undecided.sentence}; no engine is recommended"
-    if outcome.verdict == "inconclusive":
-        return "INCONCLUSIVE: no engine could be run here"
-    over = [row for row in outcome.rows if row.status == "over_budget" and row.parity is not None]
-    closest = min(over, key=_lost, default=None)
-    if closest is None:
-        return "FAIL: no engine stays within the budget; none is recommended"
-    name, path = f"{closest.backend} {closest.precision}", f"{folder}/{closest.path}"
-    return f"FAIL: no engine stays within the budget; the closest, {name}, loses {_loss(closest)}: {path}"
-
-
-def _lost(row: EngineRow) -> float:
-    return 1.0 if row.parity is None else row.parity.loss
 
 
 def _percent(share: float | None) -> str:

@@ -17,6 +17,7 @@ from edgewright.runtime.intervals import (
     binomial_half_cdf,
     mcnemar_exact_p,
     newcombe_paired_interval,
+    paired_ratio_interval,
     wilson_interval,
 )
 
@@ -267,3 +268,68 @@ def test_binomial_half_cdf_equals_scipy(n: int, k: int) -> None:
 @pytest.mark.parametrize(("k", "n"), [(4_999, 5_000), (4_000, 5_000), (2_500, 5_000), (2_499, 5_000), (0, 5_000)])
 def test_binomial_half_cdf_where_the_largest_term_underflows(k: int, n: int) -> None:
     assert binomial_half_cdf(k, n) == pytest.approx(float(binom.cdf(k, n, 0.5)), rel=1e-9, abs=1e-300)
+
+
+# --- The ratio of paired proportions -----------------------------------------------------------------------------
+
+# Complete response before and after consolidation therapy (Cavo et al. 2012), in Fagerland, Lydersen & Laake,
+# "Statistical Analysis of Contingency Tables" (2017), chapter 8: Bonett-Price hybrid Wilson score, without continuity
+# correction. The value stands in the tests of their R package contingencytables.
+CAVO, CAVO_RATIO = (59, 6, 16), (0.7579, 0.9910)
+
+Ratio = Callable[[int, int, int], tuple[float, float]]
+
+RATIO_MUTANTS: dict[str, Ratio] = {
+    "the two exchanged": lambda a, b, c: paired_ratio_interval(a, c, b),
+    "z not narrowed": lambda a, b, c: independent_ratio(a, b, c),
+    "z of a one-sided 95 %": lambda a, b, c: paired_ratio_interval(a, b, c, z=1.645),
+}
+
+
+def independent_ratio(a: int, b: int, c: int) -> tuple[float, float]:
+    first, second = (binomtest(x, a + b + c).proportion_ci(0.95, method="wilson") for x in (a + b, a + c))
+    return first.low / second.high, first.high / second.low
+
+
+def test_the_ratio_of_a_published_example() -> None:
+    assert paired_ratio_interval(*CAVO) == pytest.approx(CAVO_RATIO, abs=1e-4)
+
+
+@pytest.mark.parametrize("mutant", RATIO_MUTANTS)
+def test_the_published_ratio_catches_the_mutant(mutant: str) -> None:
+    assert RATIO_MUTANTS[mutant](*CAVO) != pytest.approx(CAVO_RATIO, abs=1e-3)
+
+
+@properties
+@given(st.tuples(counts, counts, counts).filter(lambda cells: cells[0] + min(cells[1:]) > 0))
+def test_the_ratio_mirrors_when_the_two_are_exchanged_and_holds_what_was_seen(cells: tuple[int, int, int]) -> None:
+    a, b, c = cells
+    lower, upper = paired_ratio_interval(a, b, c)
+    assert paired_ratio_interval(a, c, b) == pytest.approx((1 / upper, 1 / lower), rel=1e-9)
+    assert 0 < lower <= (a + b) / (a + c) * (1 + 1e-9)
+    assert (a + b) / (a + c) <= upper * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("n", "cells"), SCENARIOS)
+def test_the_ratio_covers(n: int, cells: list[float]) -> None:
+    repeats = 3_000
+    drawn = np.random.default_rng(2).multinomial(n, cells, size=repeats)
+    kinds, times = np.unique(drawn[:, :3], axis=0, return_counts=True)
+    truth = (cells[0] + cells[1]) / (cells[0] + cells[2])
+    inside = [lower <= truth <= upper for lower, upper in (paired_ratio_interval(*map(int, kind)) for kind in kinds)]
+    assert times @ inside / repeats >= 0.94 - 3 * math.sqrt(0.94 * 0.06 / repeats)
+
+
+@pytest.mark.parametrize(
+    ("cells", "interval"), [((0, 0, 0), (0.0, math.inf)), ((0, 4, 0), (None, math.inf)), ((0, 0, 4), (0.0, None))]
+)
+def test_the_ratio_of_nothing_is_open(cells: tuple[int, int, int], interval: tuple[float | None, float | None]) -> None:
+    for found, expected in zip(paired_ratio_interval(*cells), interval, strict=True):
+        assert expected is None or found == expected
+        assert found >= 0
+
+
+@pytest.mark.parametrize("cells", [(-1, 2, 3), (math.nan, 1, 1), (math.inf, 1, 1)])
+def test_the_ratio_refuses(cells: tuple[float, float, float]) -> None:
+    with pytest.raises(ParityError, match="paired counts"):
+        paired_ratio_interval(*cells)

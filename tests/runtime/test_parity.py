@@ -1,11 +1,10 @@
-"""`compare` against a plain loop over images, `judge` against its own definition, and what must be refused."""
+"""`compare` against a plain loop over images, and what must be refused."""
 
 from __future__ import annotations
 
 import json
 import math
 import tracemalloc
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,19 +14,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.spatial.distance import cosine as cosine_distance
 
-from edgewright.runtime import parity as parity_module
+from edgewright.runtime import logits as logits_module
 from edgewright.runtime.errors import ParityError
 from edgewright.runtime.intervals import PairedCounts, newcombe_paired_interval, wilson_interval
-from edgewright.runtime.parity import (
-    DEFAULT_BUDGET,
-    MOST_IMAGES,
-    SQNR_LIMIT_DB,
-    STATUS_OF_VERDICT,
-    Parity,
-    Verdict,
-    compare,
-    judge,
-)
+from edgewright.runtime.parity import SQNR_LIMIT_DB, Parity, compare
+from one_hot import one_hot, parity_of
 
 properties = settings(derandomize=True, deadline=None, max_examples=60)
 CONTRACT_FIELDS = {
@@ -42,22 +33,6 @@ def logits(seed: int, images: int = 200, classes: int = 10, noise: float = 0.6) 
     reference = random.normal(size=(images, classes)) + 2.0 * np.eye(classes)[labels]
     candidate = reference + noise * random.normal(size=reference.shape)
     return reference.astype(np.float32), candidate.astype(np.float32), labels
-
-
-def one_hot(predictions: list[int], classes: int = 3) -> NDArray[np.float32]:
-    """Logits whose top-1 is given."""
-    return np.eye(classes, dtype=np.float32)[predictions]
-
-
-def parity_of(both: int, reference_only: int, engine_only: int, neither: int) -> Parity:
-    """A comparison with these cells; where exactly one is right the two disagree, elsewhere they agree."""
-    reference = [0] * (both + reference_only) + [1] * (engine_only + neither)
-    candidate = [0] * both + [1] * reference_only + [0] * engine_only + [1] * neither
-    return compare(one_hot(reference), one_hot(candidate), np.zeros(len(reference), np.int64))
-
-
-def unlabelled(agreeing: int, disagreeing: int) -> Parity:
-    return compare(one_hot([0] * (agreeing + disagreeing)), one_hot([0] * agreeing + [1] * disagreeing), None)
 
 
 def ranking(row: NDArray[Any]) -> list[int]:
@@ -183,16 +158,13 @@ def test_an_engine_with_nothing_but_nan() -> None:
     found = compare(reference, np.full_like(reference, np.nan), labels)
     assert (found.top1, found.top5, found.agreement, found.nonfinite) == (0, 0, 0, 1_000)
     assert (found.max_abs, found.cosine, found.sqnr_db) == (None, None, None)
-    assert judge(found).word == "fail"
     json.dumps(found.to_json(), allow_nan=False)
 
 
-def test_no_image_right_and_one_image() -> None:
+def test_no_image_right() -> None:
     wrong = compare(one_hot([1, 1]), one_hot([1, 2]), np.array([0, 0]))
     assert wrong.pairs == PairedCounts(0, 0, 0, 2)
     assert (wrong.loss, wrong.mcnemar_p) == (0, 1)
-    single = compare(one_hot([0]), one_hot([0]), np.array([0]))
-    assert judge(single).word == "inconclusive"
 
 
 def test_delta_is_engine_minus_reference_and_loss_the_reverse() -> None:
@@ -223,13 +195,13 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     candidate[50] = np.inf
     whole = compare(reference, candidate, labels)
     for elements in (1, 70, 1_000):
-        monkeypatch.setattr(parity_module, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(logits_module, "CHUNK_ELEMENTS", elements)
         assert compare(reference, candidate, labels) == whole
 
 
 def test_memory_is_that_of_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     reference, candidate, labels = logits(10, images=10_000, classes=100)
-    monkeypatch.setattr(parity_module, "CHUNK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(logits_module, "CHUNK_ELEMENTS", 1 << 14)
     tracemalloc.start()
     compare(reference, candidate, labels)
     _, peak = tracemalloc.get_traced_memory()
@@ -280,7 +252,7 @@ def test_compare_refuses(reference: Any, candidate: Any, labels: Any, message: s
 
 
 def test_the_image_that_is_named_is_counted_over_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity_module, "CHUNK_ELEMENTS", 6)
+    monkeypatch.setattr(logits_module, "CHUNK_ELEMENTS", 6)
     reference = np.ones((50, 3))
     reference[37, 1] = np.nan
     with pytest.raises(ParityError, match="image 37"):
@@ -306,170 +278,3 @@ def test_json_round_trip(labelled: bool) -> None:
 def test_json_of_equal_logits_has_no_infinity() -> None:
     content = compare(np.eye(3), np.eye(3), np.arange(3)).to_json()
     assert json.loads(json.dumps(content, allow_nan=False))["sqnr_db"] == SQNR_LIMIT_DB
-
-
-# --- judge -------------------------------------------------------------------------------------------------------
-
-
-def test_pass_fail_and_inconclusive() -> None:
-    assert judge(parity_of(9_280, 30, 25, 665)).word == "pass"
-    assert judge(parity_of(9_000, 300, 20, 680)).word == "fail"
-    assert judge(parity_of(280, 3, 2, 15)).word == "inconclusive"
-
-
-def test_the_budget_is_half_a_point_unless_said() -> None:
-    found = parity_of(9_280, 30, 25, 665)
-    assert judge(found) == judge(found, 0.005)
-    assert DEFAULT_BUDGET == 0.005
-
-
-def test_the_bounds_decide_and_equality_passes() -> None:
-    found = parity_of(9_000, 100, 40, 860)
-    lower, upper = found.loss_ci95
-    assert judge(found, upper).word == "pass"
-    assert judge(found, math.nextafter(upper, 0)).word == "inconclusive"
-    assert judge(found, lower).word == "inconclusive"  # the lower bound must be above the budget
-    assert judge(found, math.nextafter(lower, 0)).word == "fail"
-
-
-cells = st.tuples(st.integers(0, 900), st.integers(0, 30), st.integers(0, 30), st.integers(0, 200)).filter(sum)
-budgets = st.floats(0, 0.2)
-
-
-@properties
-@given(cells, budgets, budgets)
-def test_verdict_is_monotone_in_the_budget(table: tuple[int, int, int, int], budget: float, other: float) -> None:
-    found = parity_of(*table)
-    order = ["fail", "inconclusive", "pass"]
-    strict, lax = sorted((budget, other))
-    assert order.index(judge(found, strict).word) <= order.index(judge(found, lax).word)
-
-
-@properties
-@given(cells, budgets)
-def test_images_needed_decide_and_one_fewer_do_not(table: tuple[int, int, int, int], budget: float) -> None:
-    found = parity_of(*table)
-    verdict = judge(found, budget)
-
-    def decides(images: int) -> bool:
-        a, b, c, d = (count * (images / found.images) for count in table)
-        lower, upper = newcombe_paired_interval(a, b, c, d)
-        return upper <= budget or lower > budget
-
-    if verdict.word != "inconclusive":
-        assert verdict.images_needed is None
-    elif verdict.images_needed is None:
-        assert not decides(MOST_IMAGES) or found.loss == budget
-    else:
-        assert found.images < verdict.images_needed <= MOST_IMAGES
-        assert decides(verdict.images_needed)
-        assert not decides(verdict.images_needed - 1)
-        assert not decides(max(found.images, round(verdict.images_needed * 0.99) - 1))
-
-
-@properties
-@given(st.integers(0, 2_000), st.integers(0, 40), budgets)
-def test_images_needed_without_labels(agreeing: int, disagreeing: int, budget: float) -> None:
-    if agreeing + disagreeing == 0:
-        return
-    verdict = judge(unlabelled(agreeing, disagreeing), budget)
-    if verdict.images_needed is None:
-        return
-    share = disagreeing / (agreeing + disagreeing)
-
-    def decides(images: int) -> bool:
-        lower, upper = wilson_interval(share * images, images)
-        return upper <= budget or lower > budget
-
-    assert decides(verdict.images_needed + 1)
-    assert not decides(verdict.images_needed - 1)
-
-
-def test_images_needed_for_real_decide() -> None:
-    """A sample with the same shares and as many images as asked for is decided."""
-    small = parity_of(920, 7, 3, 70)
-    verdict = judge(small, 0.001)
-    assert verdict.word == "inconclusive"
-    assert verdict.images_needed is not None
-    factor = math.ceil(verdict.images_needed / 1_000)
-    assert newcombe_paired_interval(920 * factor, 7 * factor, 3 * factor, 70 * factor)[0] > 0.001
-
-
-def test_no_realistic_number_of_images() -> None:
-    equal = judge(parity_of(900, 10, 5, 85), 0.005)  # the loss is the budget
-    assert (equal.word, equal.images_needed) == ("inconclusive", None)
-    close = judge(parity_of(900, 10, 5, 85), 0.00501)
-    assert (close.word, close.images_needed) == ("inconclusive", None)
-    assert close.sentence == "INCONCLUSIVE: no realistic number of images would decide a budget of 0.501"
-    assert judge(unlabelled(90, 10), 0.1).images_needed is None
-
-
-@pytest.mark.parametrize("budget", [-0.001, 1.5, math.nan, math.inf])
-def test_judge_refuses_the_budget(budget: float) -> None:
-    with pytest.raises(ParityError, match="expected a fraction from 0 to 1"):
-        judge(parity_of(5, 0, 0, 0), budget)
-
-
-def test_every_verdict_has_a_status() -> None:
-    assert STATUS_OF_VERDICT == {"pass": "verified", "fail": "over_budget", "inconclusive": "undecided"}
-
-
-# --- sentences ---------------------------------------------------------------------------------------------------
-
-
-def verdict(word: Any, lower: float, upper: float, **changes: Any) -> Verdict:
-    plain = Verdict(word, (lower + upper) / 2, lower, upper, budget=0.005, labelled=True, images_needed=None)
-    return replace(plain, **changes)
-
-
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        (verdict("pass", 0.0, 0.0031), "PASS: loses at most 0.31 points (95 %), budget 0.5"),
-        (verdict("pass", 0.0, 0.003101), "PASS: loses at most 0.32 points (95 %), budget 0.5"),  # rounded outwards
-        (verdict("pass", -0.001, 0.0), "PASS: loses at most 0.00 points (95 %), budget 0.5"),
-        (verdict("pass", -0.001, -0.000001), "PASS: loses at most 0.00 points (95 %), budget 0.5"),
-        (verdict("pass", -0.01, -0.00125), "PASS: gains at least 0.12 points (95 %), budget 0.5"),
-        (verdict("pass", 0.0, 0.00494, budget=0.00494), "PASS: loses at most 0.494 points (95 %), budget 0.494"),
-        (verdict("fail", 0.0062, 0.01), "FAIL: loses at least 0.62 points (95 %), budget 0.5"),
-        (verdict("fail", 0.005012, 0.01), "FAIL: loses at least 0.501 points (95 %), budget 0.5"),
-        (
-            verdict("inconclusive", 0, 0.01, budget=0.001, images_needed=37_412),
-            "INCONCLUSIVE: about 38,000 images would decide a budget of 0.1",
-        ),
-        (
-            verdict("inconclusive", 0, 0.01, images_needed=7),
-            "INCONCLUSIVE: about 7 images would decide a budget of 0.5",
-        ),
-        (
-            verdict("pass", 0.0, 0.0031, labelled=False),
-            "PASS: differs from PyTorch on at most 0.31 % of the images (95 %), budget 0.5 %",
-        ),
-        (
-            verdict("fail", 0.0062, 0.01, labelled=False),
-            "FAIL: differs from PyTorch on at least 0.62 % of the images (95 %), budget 0.5 %",
-        ),
-        (
-            verdict("inconclusive", 0, 0.01, labelled=False, images_needed=1_001),
-            "INCONCLUSIVE: about 1,100 images would decide a budget of 0.5 %",
-        ),
-    ],
-)
-def test_sentence(given: Verdict, sentence: str) -> None:
-    assert given.sentence == sentence
-
-
-@properties
-@given(cells, budgets)
-def test_a_sentence_never_contradicts_its_verdict(table: tuple[int, int, int, int], budget: float) -> None:
-    found = judge(parity_of(*table), budget)
-    if found.word == "inconclusive":
-        return
-    written = float(found.sentence.split(" points")[0].split()[-1]) / 100
-    if "gains" in found.sentence:
-        written = -written
-    if found.word == "pass":
-        assert found.upper - 1e-9 <= written
-        assert written <= budget + 1e-9
-    else:
-        assert budget - 1e-9 <= written <= found.lower + 1e-9

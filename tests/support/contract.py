@@ -59,13 +59,33 @@ ERROR_DOCUMENT = {"schema": ("edgewright.error/1",), "error": str, "message": st
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TRAFFIC = {"bytes_read": (int, None), "bytes_written": (int, None)}
 AUDIT = {"share_planned": NUMBER, "share_actual": NUMBER, "kernels": int, **TRAFFIC}
+GATE = {
+    "gate": ("max_drop", "min_ratio", "min_agreement", "min_sqnr"),
+    "limit": NUMBER,
+    "value": (NUMBER, None),
+    "ci95": ([(NUMBER, None)], None),
+    "verdict": ("pass", "fail", "inconclusive"),
+    "claim": str,
+    "images_needed": (int, None),
+}
+FIGURES = {
+    "worst_class": (
+        None,
+        {"index": int, "label": str, "images": int, "reference_right": int, "right": int, "loss_ci95": [NUMBER]},
+    ),
+    "calibration_error": (None, {"reference": NUMBER, "engine": (NUMBER, None)}),
+    "crossings": [{"threshold": NUMBER, "rose": NUMBER, "fell": NUMBER}],
+    "confusion_changes": [
+        {"true": int, "true_label": str, "predicted": int, "predicted_label": str, "reference": int, "engine": int}
+    ],
+}
 MORE: dict[str, dict[str, Any]] = {  # what we add to the contract, which allows it within a schema number
     "engine/1": {
         "weights": str,
         "notes": [str],
         "targets": ByName({"backend": str, "precision": PRECISIONS, "path": str, "reason": str}),
     },
-    "engines[]": {"audit": (None, AUDIT)},
+    "engines[]": {"audit": (None, AUDIT), "gates": [GATE], "figures": (None, FIGURES)},
     "engines[].parity": {
         "labelled": bool,
         "reference_top1": (NUMBER, None),
