@@ -30,6 +30,8 @@ __all__ = ["AccuracyChange", "Build", "Comparison", "EnginePair", "LatencyChange
 
 Document = Mapping[str, Any]
 Bits = NDArray[np.bool_]
+PLACES = ("build dir",)
+"""Options that say where a build lies, not what it is."""
 LEAST_SLOWDOWN = 0.05
 """Medians of the same engine from two runs on a machine that is not alone differ by some per cent."""
 
@@ -275,10 +277,12 @@ def _differences(first: Build, second: Build) -> dict[str, tuple[str, str]]:
     found["evaluation images"] = str(first.images), str(second.images)
     found["calibration images"] = _calibration(first), _calibration(second)
     for kind in ("versions", "options"):
-        values, others = ours.get(kind) or {}, theirs.get(kind) or {}
+        values, others = ours.get(kind), theirs.get(kind)
+        if values is None or others is None:  # of an older version, which is said once
+            continue
         for name in dict.fromkeys([*values, *others]):
             found[name.replace("_", " ")] = str(values.get(name, "none")), str(others.get(name, "none"))
-    return {name: (value, other) for name, (value, other) in found.items() if value != other}
+    return {name: both for name, both in found.items() if both[0] != both[1] and name not in PLACES}
 
 
 def _calibration(build: Build) -> str:

@@ -21,7 +21,7 @@ from edgewright.workspace import library_versions, source_hash
 if TYPE_CHECKING:
     from edgewright.pipeline import Pipeline
 
-__all__ = ["HTML_FILE", "MARKDOWN_FILE", "compared", "published", "read_report", "rewritten"]
+__all__ = ["HTML_FILE", "MARKDOWN_FILE", "compared", "published", "read_report", "rewritten", "write_pages"]
 
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 CODE = "report_files.py"
@@ -43,6 +43,12 @@ def published(pipeline: Pipeline, outcome: Outcome, arguments: Sequence[str]) ->
         "provenance": provenance_of(pipeline, arguments),
     }
     write_json(pipeline.workspace.path(REPORT_FILE), document)
+    write_pages(pipeline, document)
+    return document
+
+
+def write_pages(pipeline: Pipeline, document: Mapping[str, Any]) -> None:
+    """The stage that makes the page and the Markdown, where a fact of the document has changed."""
     parts = {
         "facts": _identity(document),
         "pictures": _digest(pipeline.workspace.path(GALLERY_FILE)),
@@ -55,7 +61,6 @@ def published(pipeline: Pipeline, outcome: Outcome, arguments: Sequence[str]) ->
         return {}
 
     pipeline.context.stage("report", parts, (HTML_FILE, MARKDOWN_FILE), make, code=CODE)
-    return document
 
 
 def rewritten(folder: Path) -> tuple[Path, Path]:
