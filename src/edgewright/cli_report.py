@@ -18,12 +18,9 @@ REGRESSION = 3
 @click.argument("build", type=click.Path(path_type=Path))
 @json_option
 def report(build: Path, as_json: bool) -> None:
-    r"""Make report.html and report.md again from the finished build folder BUILD.
+    """Make report.html and report.md again from the finished build folder BUILD.
 
     Nothing is measured again: they show what report.json has.
-
-    \b
-    Example: edgewright report build/mobilenet_effnet_b0
     """
     from edgewright.report_files import rewritten
 
@@ -39,14 +36,11 @@ def report(build: Path, as_json: bool) -> None:
 @click.argument("second", metavar="B", type=click.Path(path_type=Path))
 @json_option
 def compare(first: Path, second: Path, as_json: bool) -> int:
-    r"""Hold build B against build A: weights, data, versions, and what each engine is worth.
+    """Hold build B against build A: weights, data, versions, and what each engine is worth.
 
     A and B are build folders, or report.json files. Accuracy is compared image by image where both folders judged the
     same images, latency where both ran on the same machine. Exit code 0: B is not worse; 3: it is, by more than its
     interval; 1: an error.
-
-    \b
-    Example: edgewright compare build-before/resnet50 build/resnet50
     """
     from edgewright.compare_report import compare_document, compare_lines, compare_table
     from edgewright.console import print_listing
