@@ -27,7 +27,17 @@ def report_html(document: Document, thumbnails: Mapping[int, str]) -> str:
     """The page for a document `edgewright.engine/1`.
 
     `thumbnails`: JPEGs in base64 of the images that changed, by their positions; where one is missing its words remain.
+    Raises `KeyError` if the document lacks what all documents have.
     """
+    import jinja2
+
+    try:
+        return _rendered(document, thumbnails)
+    except jinja2.UndefinedError as error:
+        raise KeyError(str(error)) from error
+
+
+def _rendered(document: Document, thumbnails: Mapping[int, str]) -> str:
     ran = [row for row in document["engines"] if row["latency_ms"] is not None]
     page: str = (
         _environment()

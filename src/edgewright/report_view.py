@@ -244,7 +244,10 @@ def words_of(document: Document) -> dict[str, Any]:
         "changed": changed,
         "changed_name": "" if changed is None else named.get(changed["engine"], changed["engine"]),
         "calibration": document.get("calibration"),
-        "provenance": document.get("provenance", {}),
+        "provenance": document.get("provenance") or {},
+        "targets": document.get("targets") or {},
+        "notes": document.get("notes") or [],
+        "stages": document.get("stages") or [],
         "hashes": [(row["path"], row["sha256"]) for row in document["engines"] if row.get("sha256")],
     }
 
