@@ -126,7 +126,7 @@ def _times(plain: Document | None, latency: Document) -> str:
     if plain is None or plain["latency_ms"] is None:
         return ""
     ratio = plain["latency_ms"]["p50"] / latency["p50"]
-    return f"{ratio:.3g} × as fast as {engine_name(plain)}"
+    return f"{ratio:.2g} × as fast as {engine_name(plain)}"
 
 
 def _smaller(plain: Document | None, best: Document) -> str:
@@ -234,7 +234,7 @@ def _together(backend: str, rows: Sequence[Document]) -> str:
 def words_of(document: Document) -> dict[str, Any]:
     """What the page says in sentences, and the parts of the document that older ones lack."""
     ran = [row for row in document["engines"] if row["latency_ms"] is not None]
-    changed = document.get("changed")
+    changed, calibration = document.get("changed"), document.get("calibration") or {}
     named = {row["path"]: engine_name(row) for row in document["engines"]}
     return {
         "latency_words": "; ".join(_latency_words(row) for row in ran) + ".",
@@ -243,10 +243,10 @@ def words_of(document: Document) -> dict[str, Any]:
         "noisy": ", ".join(_noise(row) for row in ran if row["latency_ms"].get("cv", 0) > QUIET_CV),
         "changed": changed,
         "changed_name": "" if changed is None else named.get(changed["engine"], changed["engine"]),
-        "calibration": document.get("calibration"),
+        "calibration": calibration,
         "provenance": document.get("provenance") or {},
         "targets": document.get("targets") or {},
-        "notes": document.get("notes") or [],
+        "notes": [note for note in document.get("notes") or [] if note not in calibration.get("notes", ())],
         "stages": document.get("stages") or [],
         "hashes": [(row["path"], row["sha256"]) for row in document["engines"] if row.get("sha256")],
     }
