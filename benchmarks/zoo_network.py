@@ -69,6 +69,7 @@ def measured(
         targets=(TARGET,),
         model_options=model_options or {},
         completion=_completion(name, size),
+        rescue=False,  # random weights have no accuracy
     )
     pipeline = Pipeline(options)
     with pipeline.workspace.locked():

@@ -46,6 +46,8 @@ REFILL_RUNS, REFILL_MS = 2, 3.0
 """A turn's untimed runs: as many, or fewer if they have taken that long. EfficientNet-B0 at 64×64 in INT8 takes 1.47 ms
 behind another engine, 1.45 after one such run and 1.32 after two; in a loop of its own 1.3."""
 
+QUANTILES = tuple(range(0, 101, 5))  # per cent
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -54,6 +56,8 @@ class Latency:
     * batch: images per run; threads: of the backend; runs: how many were timed
     * p50, p90, p99: quantiles in milliseconds, linear between order statistics (numpy's default)
     * cv: coefficient of variation, standard deviation / mean; above 0.025 the machine was not quiet
+    * p50_ci95: interval of the median from order statistics, in milliseconds; empty where it was not kept
+    * quantiles: in milliseconds, from the fastest run to the slowest in steps of 5 %; empty where they were not kept
     """
 
     batch: int
@@ -63,6 +67,8 @@ class Latency:
     p90: float
     p99: float
     cv: float
+    p50_ci95: tuple[float, ...] = ()
+    quantiles: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, milliseconds: ArrayLike, *, batch: int, threads: int) -> Latency:
@@ -73,16 +79,20 @@ class Latency:
         p50, p90, p99 = (float(value) for value in np.percentile(samples, (50, 90, 99)))
         mean = float(samples.mean())
         cv = float(samples.std(ddof=1)) / mean if samples.size > 1 and mean > 0 else 0.0
-        return cls(batch, threads, samples.size, p50, p90, p99, cv)
+        quantiles = tuple(float(value) for value in np.percentile(samples, QUANTILES))
+        return cls(batch, threads, samples.size, p50, p90, p99, cv, median_interval(samples)[:2], quantiles)
 
     def to_json(self) -> dict[str, Any]:
-        """The contract's "latency_ms" and cv, for `from_json`."""
-        return asdict(self)
+        """The contract's "latency_ms" and more, plain values, for `from_json`."""
+        return asdict(self) | {"p50_ci95": list(self.p50_ci95), "quantiles": list(self.quantiles)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Latency:
-        """The inverse of `to_json`; fields that a later version added are ignored."""
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        """The inverse of `to_json`; fields that a later version added are ignored, the last two may be missing."""
+        values: dict[str, Any] = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
+        for name in ("p50_ci95", "quantiles"):
+            values[name] = tuple(values.get(name, ()))
+        return cls(**values)
 
 
 @dataclass(frozen=True)

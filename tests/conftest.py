@@ -23,7 +23,7 @@ from edgewright.pipeline import Options, Pipeline
 from edgewright.runtime.gates import MaxDrop
 from edgewright.workspace import source_hash
 from stage_modules import replace_in_stages
-from tiny_network import PREPROCESS, TINY_MODELS, place_by_rules, write_images
+from tiny_network import PREPROCESS, TINY_MODELS, place_by_rules, report_in_short, write_images
 
 pytest_plugins = ["pytester", "cuda_objects", "device_fixtures", "own_process"]
 
@@ -64,6 +64,14 @@ def _placed_by_rules() -> Iterator[None]:
     """Placement by evidence takes seconds and differs from run to run; `tests/test_int8.py` has tests of it."""
     with pytest.MonkeyPatch.context() as patch:
         place_by_rules(patch.setattr)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reported_in_short() -> Iterator[None]:
+    """Layers, kernel times and figures take seconds; `tests/test_report_files.py` has tests of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        report_in_short(patch.setattr)
         yield
 
 

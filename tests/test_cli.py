@@ -54,7 +54,7 @@ def without_times(document: dict[str, Any]) -> dict[str, Any]:
     """What two runs must agree on."""
     engines = [{**engine, "latency_ms": None} for engine in document["engines"]]
     stages = [stage["key"] for stage in document["stages"]]
-    return {**document, "engines": engines, "stages": stages, "recommended": None}
+    return {**document, "engines": engines, "stages": stages, "recommended": None, "provenance": None}
 
 
 # Documents and exit codes

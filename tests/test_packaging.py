@@ -32,6 +32,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("calibration", "export", "optimize", "runtime")
 DATA = (
     "edgewright/py.typed",
+    "edgewright/schemas/engine-1.schema.json",
+    "edgewright/templates/report.css",
+    "edgewright/templates/report.html.j2",
     "edgewright/calibration/data/fashion_mnist.npz",
     "edgewright/calibration/data/LICENSE.fashion-mnist",
     "edgewright/export/line_up.json",
@@ -79,7 +82,7 @@ def source_files() -> dict[str, Path]:
     files |= {f"edgewright/learned/{path.name}": path for path in (own / "learned").glob("*.py")}
     for package in PACKAGES:
         files |= {f"edgewright/{path.relative_to(ROOT).as_posix()}": path for path in (ROOT / package).rglob("*.py")}
-    return files | {name: ROOT / name.removeprefix("edgewright/") for name in DATA if not name.endswith("py.typed")}
+    return files | {name: own / name.removeprefix("edgewright/") for name in DATA}
 
 
 def test_wheel_holds_the_real_files(dist: Path) -> None:
@@ -94,7 +97,7 @@ def test_wheel_holds_nothing_else(dist: Path) -> None:
     with zipfile.ZipFile(the_file(dist, "*.whl")) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         notices = {Path(name).name for name in wheel.namelist() if ".dist-info/licenses/" in name}
-    assert names == {*source_files(), *DATA}
+    assert names == {*source_files()}
     assert notices == {"LICENSE", "NOTICE", "LICENSE.fashion-mnist"}
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from edgewright.pipeline import Pipeline
 
-__all__ = ["backend_of", "hops_of", "some_images"]
+__all__ = ["backend_of", "hops_of", "rescaled", "simulation", "some_images"]
 
 Batch = NDArray[np.float32]
 EXPORTED, FOLDED, FP16, INT8, ENGINE = "exported ONNX", "folded", "FP16 simulation", "INT8 simulation", "engine"
@@ -58,15 +58,15 @@ def hops_of(pipeline: Pipeline, dialect: str, images: Batch) -> tuple[tuple[Hop,
         _source(pipeline, exported, images),
         graph_hop(EXPORTED, "exact", exported),
         graph_hop(FOLDED, "exact", folded),
-        graph_hop(FP16, "fp16", _simulation(half)),
+        graph_hop(FP16, "fp16", simulation(half)),
         graph_hop(
             INT8,
             "int8",
-            _simulation(quantized),
+            simulation(quantized),
             before=FP16 if half_remainder else FOLDED,
             quantized=quantized,
             histograms=pipeline.graphs.folded_and_table()[1].histograms,
-            incomparable=_rescaled(pipeline, dialect),
+            incomparable=rescaled(pipeline, dialect),
         ),
     )
     engine, note = _engine(pipeline, dialect)
@@ -104,14 +104,15 @@ def _engine(pipeline: Pipeline, dialect: str) -> tuple[tuple[Hop, ...], str]:
     return (Hop(ENGINE, "engine", functools.partial(pipeline.proof.engine_answers, row), before=INT8),), ""
 
 
-def _rescaled(pipeline: Pipeline, dialect: str) -> str:
+def rescaled(pipeline: Pipeline, dialect: str) -> str:
     """Why the activations of the INT8 graph are others than those of the folded graph, or ""."""
     facts = next(run.facts for run in reversed(pipeline.runs) if run.name == f"quantize {dialect}")
     changing = [rung["name"] for rung in facts.get("rungs", ()) if rung["taken"] and rung["name"] not in KEEPING]
     return f"its weights and activations were changed on purpose ({', '.join(changing)})" if changing else ""
 
 
-def _simulation(graph: ir.Model) -> ir.Model:
+def simulation(graph: ir.Model) -> ir.Model:
+    """An FP16 or INT8 graph as onnxruntime runs it on this CPU."""
     from edgewright.optimize.simulate import signed_to_unsigned, simulate_fp16
 
     return signed_to_unsigned(simulate_fp16(graph))

@@ -37,6 +37,7 @@ from edgewright.cli_options import (
     run_options,
     source_options,
 )
+from edgewright.cli_report import compare, report
 from edgewright.runtime.errors import EdgewrightError, EngineError, WorkspaceError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def cli() -> None:
     """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
 
 
-for outside in (bench, blame, calibration, completion, explain, keygen, pack, unpack):
+for outside in (bench, blame, calibration, compare, completion, explain, keygen, pack, report, unpack):
     cli.add_command(outside)
 
 
@@ -190,17 +191,15 @@ def _prove(as_json: bool, junit: Path | None = None, **arguments: Any) -> int:
     from edgewright.console import ConsoleObserver, print_outcome
     from edgewright.junit_report import cases_of, reported_to
     from edgewright.pipeline import Pipeline
-    from edgewright.report import EXIT_CODES, engine_document
-    from edgewright.runtime.choice import REPORT_FILE
-    from edgewright.runtime.files import write_json
+    from edgewright.report import EXIT_CODES
+    from edgewright.report_files import published
 
     with ConsoleObserver(detail_wanted()) as observer, reported_to(junit, arguments["model"]) as report:
         pipeline = Pipeline(pipeline_options(**arguments), observer)
         with pipeline.workspace.locked():
             outcome = pipeline.prove()
             report(cases_of(outcome))
-            document = engine_document(outcome)
-            write_json(pipeline.workspace.path(REPORT_FILE), document)
+            document = published(pipeline, outcome, sys.argv[1:])
     if as_json:
         click.echo(json.dumps(document, indent=1))
     else:

@@ -6,7 +6,7 @@ Nothing here knows labels: errors are those against the FP32 network, on calibra
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,24 @@ from edgewright.runtime.errors import QuantizationError
 from edgewright.runtime.parity import Parity, compare
 
 if TYPE_CHECKING:
-    from edgewright.calibration.ranges import Histogram
-    from edgewright.optimize.dialects import Quantizer
+    import onnx_ir as ir
 
-__all__ = ["ExplainedLayer", "Explanation", "InputRange", "check_layer", "explain", "explain_document", "with_effects"]
+    from edgewright.calibration.ranges import Histogram, Range
+    from edgewright.optimize.dialects import Quantizer
+    from edgewright.optimize.plan import Decision
+
+__all__ = [
+    "ExplainedLayer",
+    "Explanation",
+    "InputRange",
+    "check_layer",
+    "explain",
+    "explain_document",
+    "explained_layers",
+    "input_ranges",
+    "layer_document",
+    "with_effects",
+]
 
 Batch = NDArray[np.float32]
 Progress = Callable[[int, int], None]
@@ -89,37 +103,69 @@ def explain(
     quantizer: Quantizer, images: Batch, *, threads: int = 0, progress: Progress = lambda done, total: None
 ) -> Explanation:
     """Every layer of `quantizer.model` on calibration images `[N, C, H, W]`; `progress` is told how many are done."""
-    from edgewright.optimize.layer_errors import layer_errors, layer_outputs, shared_tensors
     from edgewright.optimize.segments import logits_of
-    from edgewright.optimize.work import macs
 
     reference, candidate = quantizer.model, quantizer.runnable()
+    layers = explained_layers(
+        reference,
+        candidate,
+        quantizer.plan.decisions,
+        input_ranges(quantizer.ranges, quantizer.table.histograms),
+        images,
+        threads=threads,
+        progress=progress,
+    )
+    expected = logits_of(reference, images, threads=threads)
+    parity = compare(expected, logits_of(candidate, images, threads=threads), None, source="simulation")
+    return Explanation(quantizer.dialect, len(images), parity, layers)
+
+
+def explained_layers(
+    reference: ir.Model,
+    candidate: ir.Model,
+    decisions: Iterable[Decision],
+    ranges: Mapping[str, InputRange],
+    images: Batch,
+    *,
+    threads: int = 0,
+    progress: Progress = lambda done, total: None,
+) -> tuple[ExplainedLayer, ...]:
+    """The layers of a quantized graph beside the same of its FP32 graph, as far as both compute the same tensor.
+
+    * candidate: as onnxruntime runs it on this CPU; decisions: of its plan
+    * ranges: by the names of the activations; images: `[N, C, H, W]`, of which `progress` is told how many are done
+    """
+    from edgewright.optimize.layer_errors import layer_errors, layer_outputs, shared_tensors
+    from edgewright.optimize.work import macs
+
     shared = {*shared_tensors(reference, candidate)}
     outputs = {layer: tensor for layer, tensor in layer_outputs(reference).items() if tensor in shared}
     tensors = list(dict.fromkeys(outputs.values()))
     errors = layer_errors(
         reference, candidate, images, tensors, threads=threads, progress=lambda done: progress(done, len(images))
     )
-    decisions = {decision.node: decision for decision in quantizer.plan.decisions if decision.node in outputs}
-    layers = tuple(
-        ExplainedLayer(
-            name=str(node.name),
-            operator=node.op_type,
-            tensor=outputs[str(node.name)],
-            precision=decisions[str(node.name)].precision,
-            reason=decisions[str(node.name)].reason,
-            macs=macs(node),
-            sqnr_db=errors[outputs[str(node.name)]].sqnr_db,
-            own_sqnr_db=errors[outputs[str(node.name)]].own_sqnr_db,
-            spread=_spread(node),
-            input=_input_range(quantizer, node) if decisions[str(node.name)].precision == "int8" else None,
+    decided = {decision.node: decision for decision in decisions if decision.node in outputs}
+    layers = []
+    for node in reference.graph:
+        decision = decided.get(str(node.name))
+        if decision is None:
+            continue
+        tensor, integer = outputs[decision.node], decision.precision == "int8"
+        layers.append(
+            ExplainedLayer(
+                name=decision.node,
+                operator=node.op_type,
+                tensor=tensor,
+                precision=decision.precision,
+                reason=decision.reason,
+                macs=macs(node),
+                sqnr_db=errors[tensor].sqnr_db,
+                own_sqnr_db=errors[tensor].own_sqnr_db,
+                spread=_spread(node),
+                input=ranges.get(str(node.inputs[0].name)) if integer and node.inputs[0] is not None else None,
+            )
         )
-        for node in reference.graph
-        if str(node.name) in decisions
-    )
-    expected = logits_of(reference, images, threads=threads)
-    parity = compare(expected, logits_of(candidate, images, threads=threads), None, source="simulation")
-    return Explanation(quantizer.dialect, len(images), parity, layers)
+    return tuple(layers)
 
 
 def with_effects(
@@ -169,12 +215,13 @@ def explain_document(explanation: Explanation, model: str, notes: Sequence[str] 
         "dialect": explanation.dialect,
         "images": explanation.images,
         "logits": _fidelity(explanation.logits),
-        "layers": [_layer_document(layer) for layer in explanation.worst_first],
+        "layers": [layer_document(layer) for layer in explanation.worst_first],
         "notes": list(notes),
     }
 
 
-def _layer_document(layer: ExplainedLayer) -> dict[str, Any]:
+def layer_document(layer: ExplainedLayer) -> dict[str, Any]:
+    """One layer as the document has it."""
     return {
         **{name: value for name, value in vars(layer).items() if name not in ("input", "in_float")},
         "input": None if layer.input is None else vars(layer.input),
@@ -195,20 +242,21 @@ def _spread(node: Any) -> float | None:
     return float(magnitudes.max() / magnitudes[magnitudes > 0].min())
 
 
-def _input_range(quantizer: Quantizer, node: Any) -> InputRange | None:
-    tensor = str(node.inputs[0].name)
-    if tensor not in quantizer.ranges:
-        return None
-    interval, histogram = quantizer.ranges[tensor], quantizer.table.histograms[tensor]
-    return InputRange(
-        tensor,
-        interval.low,
-        interval.high,
-        interval.method,
-        histogram.minimum,
-        histogram.maximum,
-        _saturation(histogram, interval.low, interval.high),
-    )
+def input_ranges(ranges: Mapping[str, Range], histograms: Mapping[str, Histogram]) -> dict[str, InputRange]:
+    """Each activation's range beside what was seen of it."""
+    return {
+        tensor: InputRange(
+            tensor,
+            interval.low,
+            interval.high,
+            interval.method,
+            histograms[tensor].minimum,
+            histograms[tensor].maximum,
+            _saturation(histograms[tensor], interval.low, interval.high),
+        )
+        for tensor, interval in ranges.items()
+        if tensor in histograms
+    }
 
 
 def _saturation(histogram: Histogram, low: float, high: float) -> float:

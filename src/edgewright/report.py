@@ -78,6 +78,7 @@ def _engine(row: EngineRow) -> dict[str, Any]:
         "target": row.target,
         "path": row.path,
         "bytes": row.info.bytes if row.info is not None else None,
+        "sha256": row.info.engine_sha256 if row.info is not None else None,
         "status": row.status,
         "reason_code": row.reason_code,
         "reason": row.reason,

@@ -52,6 +52,10 @@ def _summary(run: StageRun) -> str:
     if run.name == "cast fp16":
         kept = f", {len(facts['fp32'])} of {facts['nodes']} nodes stay fp32" if facts["fp32"] else ""
         return f"{facts['casts']} casts{kept}"
+    if run.name == "gallery":
+        return f"{facts['changed']} images are answered otherwise"
+    if run.name == "report":
+        return "report.html, report.md"
     if run.name.startswith("place"):
         return f"INT8 does not pay in {len(facts['left_out'])} of {facts['layers']} layers" if facts["left_out"] else ""
     if run.name.startswith("quantize"):

@@ -199,12 +199,15 @@ def _digest(record: Mapping[str, Any]) -> str:
 
 
 def source_hash(*modules: str) -> str:
-    """SHA-256 over the source files of modules or packages of Edgewright, such as "export" or "optimize/plan.py"."""
+    """SHA-256 over the source files of modules or packages of Edgewright, such as "export" or "optimize/plan.py".
+
+    A file of another kind, such as a template, is named with its suffix.
+    """
     root = Path(__file__).parent
     files: list[Path] = []
     for module in modules:
         path = root / module
-        found = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+        found = [path] if path.suffix else sorted(path.rglob("*.py"))
         assert found, f"{module} has no source files"
         files += found
     return sha256_of("\n".join(f"{path.relative_to(root)} {sha256_of_file(path)}" for path in files).encode())

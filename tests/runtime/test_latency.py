@@ -61,7 +61,7 @@ def test_latency_of_known_samples() -> None:
 
 
 def test_latency_of_one_sample() -> None:
-    assert Latency.of([3.0], batch=8, threads=1) == Latency(8, 1, 1, 3.0, 3.0, 3.0, 0.0)
+    assert Latency.of([3.0], batch=8, threads=1) == Latency(8, 1, 1, 3.0, 3.0, 3.0, 0.0, (3.0, 3.0), (3.0,) * 21)
 
 
 @pytest.mark.parametrize("samples", [[], [[1.0, 2.0]], 1.0])
@@ -205,7 +205,7 @@ def test_rounds_are_limited_by_time_and_number(budget_seconds: float, expected: 
         runs, batch=1, threads=2, budget_seconds=budget_seconds, min_runs=4, max_runs=80, clock=clock
     )
     assert {latency.runs for latency in found.values()} == {expected}
-    assert found["a"] == Latency(1, 2, expected, 4.0, 4.0, 4.0, 0.0)
+    assert found["a"] == Latency(1, 2, expected, 4.0, 4.0, 4.0, 0.0, (4.0, 4.0), (4.0,) * 21)
 
 
 def test_a_slow_spell_hits_all_candidates_alike() -> None:

@@ -1,0 +1,281 @@
+"""The document `edgewright.engine/1` in the words and numbers of a page: what the templates of the report show.
+
+Pure functions of the document. Fields that an older document lacks leave their part of the page out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from edgewright.report import in_short
+from edgewright.runtime.gates import DEFAULT_BUDGET
+
+__all__ = [
+    "FIGURES",
+    "STATUS_WORDS",
+    "bar",
+    "budget_of",
+    "engine_name",
+    "figures_table",
+    "headline",
+    "key_figures",
+    "loss_of",
+    "megabytes",
+    "milliseconds",
+    "per_cent",
+    "points",
+    "reasons",
+    "recommended",
+    "short",
+    "words_of",
+]
+
+Document = Mapping[str, Any]
+WORDS = {"pass": "Pass", "fail": "Fail", "inconclusive": "Inconclusive"}
+STATUS_WORDS = {
+    "verified": "verified",
+    "over_budget": "over budget",
+    "undecided": "undecided",
+    "built_not_run": "built, not run",
+    "simulated": "simulated",
+    "skipped": "skipped",
+    "failed": "failed",
+}
+FIGURES: Mapping[str, tuple[str, str]] = {
+    "top5": ("Top-5", "share"),
+    "agreement": ("Agreement", "share"),
+    "agreement_ci95": ("95 %", "shares"),
+    "mcnemar_p": ("McNemar p", "p"),
+    "sqnr_db": ("Logit SQNR", "dB"),
+    "cosine": ("Cosine", "cosine"),
+    "max_abs": ("Max. difference", "number"),
+    "nonfinite": ("Not finite", "count"),
+}
+"""Fields of "parity" with their headings and units, in the order of the table; others follow by their own names."""
+QUIET_CV = 0.025  # coefficient of variation above which a machine was not quiet: docs/contract.md
+SHOWN_ELSEWHERE = {
+    *("source", "images", "labelled", "reference_top1", "reference_top5", "top1", "delta", "loss_ci95", "pairs"),
+}
+
+
+def engine_name(engine: Document) -> str:
+    """Such as "tensorrt-rtx int8 sm86"."""
+    return " ".join(word for word in (engine["backend"], engine["precision"]["requested"], engine["target"]) if word)
+
+
+def recommended(document: Document) -> Document | None:
+    """The row of the engine to take."""
+    best = document["recommended"]
+    return None if best is None else next((row for row in document["engines"] if row["path"] == best["path"]), None)
+
+
+def headline(document: Document) -> dict[str, str]:
+    """The verdict as a word, a sentence, and what to take."""
+    best, verdict = recommended(document), document["verdict"]
+    undecided = [row for row in document["engines"] if row["status"] == "undecided"]
+    if best is not None:
+        sentence, take = best["reason"], engine_name(best)
+    elif verdict == "inconclusive":
+        sentence, take = (undecided[0]["reason"] if undecided else "no engine could be run here"), ""
+    else:
+        sentence, take = "no engine stays within the budget", ""
+    word, _, claim = sentence.partition(": ")
+    sentence = claim if word.lower() == verdict else sentence
+    return {"word": WORDS.get(verdict, verdict), "verdict": verdict, "sentence": sentence, "take": take}
+
+
+def key_figures(document: Document) -> Iterator[dict[str, str]]:
+    """What a reader wants to know of the recommended engine at once: `label`, `value`, `unit`, `note`."""
+    best = recommended(document)
+    if best is None or best["parity"] is None:
+        return
+    parity, plain = best["parity"], _plain(document, best)
+    low, high = parity["loss_ci95"]
+    if parity["labelled"]:
+        note = f"{per_cent(parity['reference_top1'])} % in {document['reference'].get('source', 'PyTorch')}"
+        yield _figure("Top-1 accuracy", per_cent(parity["top1"]), "%", note)
+        loss = parity["reference_top1"] - parity["top1"]
+        interval = f"95 %: {points(low)} to {points(high)}"
+        yield _figure("Accuracy loss", points(loss), "points", interval)
+    else:
+        yield _figure("Agreement", per_cent(parity["agreement"]), "%", "of the images answered as by the reference")
+        yield _figure("Disagreement", per_cent(1 - parity["agreement"]), "%", f"95 %: {points(low)} to {points(high)}")
+    latency = best["latency_ms"]
+    if latency is not None:
+        times = _times(plain, latency)
+        yield _figure("Median latency", milliseconds(latency["p50"]), "ms", times or f"{latency['threads']} threads")
+    if best["bytes"]:
+        yield _figure("Size", megabytes(best["bytes"]), "MB", _smaller(plain, best))
+
+
+def _figure(label: str, value: str, unit: str, note: str) -> dict[str, str]:
+    return {"label": label, "value": value, "unit": unit, "note": note}
+
+
+def _plain(document: Document, best: Document) -> Document | None:
+    """The FP32 engine of the same backend and target, if it is another one."""
+    for row in document["engines"]:
+        same = (row["backend"], row["target"]) == (best["backend"], best["target"])
+        if same and row["precision"]["requested"] == "fp32" and row is not best and row["bytes"]:
+            return dict(row)
+    return None
+
+
+def _times(plain: Document | None, latency: Document) -> str:
+    if plain is None or plain["latency_ms"] is None:
+        return ""
+    ratio = plain["latency_ms"]["p50"] / latency["p50"]
+    return f"{ratio:.2g} × as fast as {engine_name(plain)}"
+
+
+def _smaller(plain: Document | None, best: Document) -> str:
+    return "" if plain is None else f"{100 * best['bytes'] / plain['bytes']:.0f} % of {engine_name(plain)}"
+
+
+def figures_table(engines: Sequence[Document]) -> dict[str, Any]:
+    """Everything else that is known of the engines' answers: `headings`, and `rows` of a name and cells.
+
+    Fields that are not known here are shown under their own names, those of objects with a point between.
+    """
+    judged = [(engine_name(row), dict(_flat(row["parity"]))) for row in engines if row["parity"] is not None]
+    found = dict.fromkeys(name for _, values in judged for name, value in values.items() if value is not None)
+    names = [name for name in FIGURES if name in found] + [name for name in found if name not in FIGURES]
+    return {
+        "headings": [FIGURES[name][0] if name in FIGURES else name.replace("_", " ") for name in names],
+        "rows": [(name, [_cell(field, values.get(field)) for field in names]) for name, values in judged],
+    }
+
+
+def _flat(parity: Document, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Numbers, words and intervals by name."""
+    for name, value in parity.items():
+        if not prefix and name in SHOWN_ELSEWHERE:
+            continue
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif not isinstance(value, list) or (len(value) == 2 and all(_is_number(each) for each in value)):
+            yield f"{prefix}{name}", value
+
+
+def _cell(field: str, value: Any) -> str:
+    if value is None:
+        return ""
+    unit = FIGURES[field][1] if field in FIGURES else ""
+    if isinstance(value, list):
+        write = per_cent if unit == "shares" else lambda each: f"{each:.3g}"
+        return " … ".join(write(each) for each in value)
+    if unit == "share":
+        return f"{per_cent(value)} %"
+    if unit == "dB":
+        return "exact" if value >= 300 else f"{value:.1f} dB"
+    if unit == "cosine":
+        return f"{value:.5f}"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if _is_number(value) else str(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def per_cent(share: float | None, digits: int = 2) -> str:
+    """0.9405 as "94.05"."""
+    return "" if share is None else f"{100 * share:.{digits}f}"
+
+
+def points(share: float) -> str:
+    """A difference of shares in points, with a sign that is a minus: 0.0027 as "0.27"."""
+    return f"{100 * share:.2f}".replace("-0.00", "0.00").replace("-", "−")
+
+
+def milliseconds(value: float | None) -> str:
+    """Three digits."""
+    return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def megabytes(count: float | None) -> str:
+    """Of 10⁶ bytes."""
+    return "" if count is None else f"{count / 1e6:.1f}" if count < 1e8 else f"{count / 1e6:.0f}"
+
+
+def bar(value: float | None, most: float) -> str:
+    """How much of a bar is full, as a CSS percentage."""
+    return f"{100 * min(1.0, max(0.0, (value or 0.0) / most)):.1f}%" if most > 0 else "0%"
+
+
+def budget_of(document: Document) -> float:
+    """The largest loss that passes, a fraction; what the contract has by default where a document does not say."""
+    return float(document.get("provenance", {}).get("options", {}).get("budget", DEFAULT_BUDGET))
+
+
+def short(count: float) -> str:
+    """Three digits and the SI prefix: 25.6M."""
+    return in_short(count) or "0"
+
+
+def reasons(engines: Sequence[Document]) -> list[tuple[str, str]]:
+    """Why rows are not verified: the engines of one backend with the same reason together, and the reason."""
+    grouped: dict[tuple[str, str], list[Document]] = {}
+    for row in engines:
+        if row["status"] != "verified" and row["reason"]:
+            grouped.setdefault((row["backend"], row["reason"]), []).append(row)
+    return [(_together(backend, rows), reason) for (backend, reason), rows in grouped.items()]
+
+
+def _together(backend: str, rows: Sequence[Document]) -> str:
+    precisions = ", ".join(dict.fromkeys(row["precision"]["requested"] for row in rows))
+    targets = ", ".join(dict.fromkeys(str(row["target"]) for row in rows if row["target"]))
+    status = ", ".join(dict.fromkeys(STATUS_WORDS.get(row["status"], str(row["status"])) for row in rows))
+    return f"{backend} {precisions}" + (f" for {targets}" if targets else "") + f", {status}"
+
+
+def words_of(document: Document) -> dict[str, Any]:
+    """What the page says in sentences, and the parts of the document that older ones lack."""
+    ran = [row for row in document["engines"] if row["latency_ms"] is not None]
+    changed, calibration = document.get("changed"), document.get("calibration") or {}
+    named = {row["path"]: engine_name(row) for row in document["engines"]}
+    return {
+        "latency_words": "; ".join(_latency_words(row) for row in ran) + ".",
+        "frontier_words": "; ".join(_frontier_words(row) for row in ran if row["parity"] is not None) + ".",
+        "timing": _timing(ran),
+        "noisy": ", ".join(_noise(row) for row in ran if row["latency_ms"].get("cv", 0) > QUIET_CV),
+        "changed": changed,
+        "changed_name": "" if changed is None else named.get(changed["engine"], changed["engine"]),
+        "calibration": calibration,
+        "provenance": document.get("provenance") or {},
+        "targets": document.get("targets") or {},
+        "notes": [note for note in document.get("notes") or [] if note not in calibration.get("notes", ())],
+        "stages": document.get("stages") or [],
+        "hashes": [(row["path"], row["sha256"]) for row in document["engines"] if row.get("sha256")],
+    }
+
+
+def _latency_words(row: Document) -> str:
+    latency = row["latency_ms"]
+    quantiles = f"90 % within {milliseconds(latency['p90'])}, 99 % within {milliseconds(latency['p99'])}"
+    return f"{engine_name(row)}: median {milliseconds(latency['p50'])} ms, {quantiles}"
+
+
+def _frontier_words(row: Document) -> str:
+    parity = row["parity"]
+    share, word = (parity["top1"], "top-1") if parity["labelled"] else (parity["agreement"], "agreement")
+    return f"{engine_name(row)}: {milliseconds(row['latency_ms']['p50'])} ms, {word} {per_cent(share)} %"
+
+
+def _timing(ran: Sequence[Document]) -> str:
+    if not ran:
+        return ""
+    latency = ran[0]["latency_ms"]
+    threads = "1 thread" if latency["threads"] == 1 else f"{latency['threads']} threads"
+    return f"{latency['runs']} runs of each engine at batch {latency['batch']} with {threads}, measured in turns."
+
+
+def _noise(row: Document) -> str:
+    return f"the runs of {engine_name(row)} vary by {100 * row['latency_ms']['cv']:.0f} %"
+
+
+def loss_of(parity: Document) -> float:
+    """What the reference gets right and the engine does not, less the reverse; without labels the disagreement."""
+    return float(parity["reference_top1"] - parity["top1"] if parity["labelled"] else 1 - parity["agreement"])

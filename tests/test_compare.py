@@ -1,0 +1,186 @@
+"""Two builds held against each other: paired and unpaired, with what is not comparable, and the exit code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from command import Command
+from edgewright.compare import Build, Comparison, EnginePair, compare_builds
+from edgewright.runtime.intervals import newcombe_paired_interval
+from report_documents import HASH, IMAGES, engine, report_document
+
+CANDIDATE = "openvino int8"
+
+
+def document(*engines: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return report_document(engines=list(engines), recommended=None, **changes)
+
+
+def compared(first: dict[str, Any], second: dict[str, Any]) -> Comparison:
+    return compare_builds(Build(Path("a"), first, None), Build(Path("b"), second, None))
+
+
+def the_pair(found: Comparison) -> EnginePair:
+    (pair,) = found.engines
+    return pair
+
+
+def build(folder: Path, wrong: int, *, lost: int, **changes: Any) -> Path:
+    """A build folder whose engine is wrong on the first `wrong` images, and says that it loses `lost`."""
+    labels, answers = np.zeros(IMAGES, np.int64), np.tile([[2.0, 0.0]], (IMAGES, 1))
+    answers[:wrong] = [0.0, 2.0]
+    (folder / "logits").mkdir(parents=True)
+    np.save(folder / "logits" / "labels.npy", labels)
+    np.save(folder / "logits" / "openvino-int8.npy", answers)
+    row = engine("openvino", "int8", lost=lost)
+    row["sha256"] = changes.pop("sha256", HASH)
+    (folder / "report.json").write_text(json.dumps(document(row, **changes)))
+    return folder
+
+
+def test_the_same_build_is_no_regression() -> None:
+    found = compared(report_document(), report_document())
+    assert found.regressions == ()
+    assert found.differences == {}
+    assert all(pair.accuracy and pair.accuracy.loss == 0 for pair in found.engines)
+
+
+def test_accuracy_is_paired_where_both_kept_their_answers(tmp_path: Path, command: Command) -> None:
+    first, second = build(tmp_path / "a", 100, lost=0), build(tmp_path / "b", 112, lost=12)
+    done = command("compare", first, second, "--json")
+    assert done.code == 3
+    (row,) = done.document["engines"]
+    low, high = newcombe_paired_interval(IMAGES - 112, 12, 0, 100)
+    assert row["accuracy"] == {
+        **{"paired": True, "loss": 12 / IMAGES, "regression": True},
+        **{"low": pytest.approx(low), "high": pytest.approx(high)},
+    }
+    assert done.document["regressions"] == [f"openvino int8 loses at least {100 * low:.2f} points against A (95 %)"]
+    back = command("compare", second, first)
+    assert back.code == 0
+    assert "no regression" in back.out
+
+
+def test_without_the_answers_the_same_difference_is_not_told(tmp_path: Path) -> None:
+    """Six images more than the four that the first loses: by pairs that is worse, by independent losses not."""
+    assert newcombe_paired_interval(IMAGES - 110, 6, 0, 104)[0] > 0
+    found = compared(document(engine("openvino", "int8", lost=4)), document(engine("openvino", "int8", lost=10)))
+    change = the_pair(found).accuracy
+    assert change is not None
+    assert not change.paired
+    assert change.loss == pytest.approx(6 / IMAGES)
+    assert change.low < 0 < change.high
+    assert any("not paired" in note for note in found.notes)
+
+
+def test_limits_of_independent_losses_add_in_squares() -> None:
+    a, b = engine("openvino", "int8", lost=0), engine("openvino", "int8", lost=200)
+    change = the_pair(compared(document(a), document(b))).accuracy
+    assert change is not None
+    first, second = a["parity"]["loss_ci95"], b["parity"]["loss_ci95"]
+    below = np.sqrt((0.1 - second[0]) ** 2 + first[1] ** 2)
+    above = np.sqrt((second[1] - 0.1) ** 2 + first[0] ** 2)
+    assert change.low == pytest.approx(0.1 - below)
+    assert change.high == pytest.approx(0.1 + above)
+    assert change.regression
+
+
+def test_answers_of_another_run_are_not_taken(tmp_path: Path, command: Command) -> None:
+    first, second = build(tmp_path / "a", 100, lost=0), build(tmp_path / "b", 500, lost=12)
+    (row,) = command("compare", first, second, "--json").document["engines"]
+    assert row["accuracy"]["paired"] is False
+
+
+def test_other_images_are_said(tmp_path: Path, command: Command) -> None:
+    other = {**report_document()["provenance"], "evaluation": {"name": "x", "identity": "cd" * 32, "images": IMAGES}}
+    first = build(tmp_path / "a", 100, lost=0)
+    second = build(tmp_path / "b", 112, lost=12, provenance=other)
+    done = command("compare", first, second, "--json")
+    assert done.document["engines"][0]["accuracy"]["paired"] is False
+    assert any("different images" in note for note in done.document["notes"])
+    assert done.document["differences"]["evaluation images"] == {"a": HASH, "b": "cd" * 32}
+
+
+def timed(p50: float, spread: float = 0.01, *, sha256: str = HASH, machine: str = "a CPU", threads: int = 2) -> Any:
+    row = engine("openvino", "int8", lost=0)
+    row["sha256"] = sha256
+    row["latency_ms"] |= {"p50": p50, "p50_ci95": [p50 * (1 - spread), p50 * (1 + spread)], "threads": threads}
+    return document(row, provenance={**report_document()["provenance"], "machine": machine})
+
+
+@pytest.mark.parametrize(
+    ("second", "regression"),
+    [
+        (timed(2.4, sha256="cd" * 32), True),
+        (timed(2.05, sha256="cd" * 32), False),  # within a twentieth
+        (timed(2.4, 0.2, sha256="cd" * 32), False),  # the median is not known well enough
+        (timed(1.5, sha256="cd" * 32), False),
+        (timed(2.4), False),  # the same file
+        (timed(2.4, sha256="cd" * 32, machine="another"), False),
+        (timed(2.4, sha256="cd" * 32, threads=1), False),
+    ],
+)
+def test_slower_beyond_noise(second: dict[str, Any], regression: bool) -> None:
+    found = compared(timed(2.0), second)
+    assert bool(found.regressions) == regression
+    if regression:
+        assert found.regressions == ("openvino int8 takes 1.20 times as long as in A",)
+
+
+def test_a_machine_that_changed_is_seen_in_an_engine_that_did_not() -> None:
+    """The same file takes 1.3 times as long, so 1.2 times says nothing."""
+    first, second = timed(2.0), timed(2.4, sha256="cd" * 32)
+    for build, p50 in ((first, 1.0), (second, 1.3)):
+        plain = engine("openvino", "fp32", lost=0)
+        plain["latency_ms"] |= {"p50": p50, "p50_ci95": [p50, p50]}
+        build["engines"].append(plain)
+    assert compared(first, second).regressions == ()
+
+
+def test_a_build_without_an_engine_that_passes_is_worse() -> None:
+    worse = report_document(verdict="fail", recommended=None)
+    assert compared(report_document(), worse).regressions == ("no engine of B passes, one of A does",)
+    assert compared(worse, report_document()).regressions == ()
+
+
+def test_engines_that_only_one_build_has(tmp_path: Path, command: Command) -> None:
+    first = build(tmp_path / "a", 100, lost=0)
+    (tmp_path / "b.json").write_text(json.dumps(report_document()))
+    done = command("compare", first, tmp_path / "b.json", "--json")
+    sides = {
+        (row["backend"], row["precision"]): (row["a"] is None, row["b"] is None) for row in done.document["engines"]
+    }
+    assert sides[("openvino", "int8")] == (False, False)
+    assert sides[("onnxruntime", "fp32")] == (True, False)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no JSON", '{"schema": "edgewright.engine/2"}'])
+def test_what_is_no_report_is_refused(tmp_path: Path, command: Command, content: str) -> None:
+    good = build(tmp_path / "a", 100, lost=0)
+    (tmp_path / "b.json").write_text(content)
+    assert "b.json" in command("compare", good, tmp_path / "b.json").error
+    assert "does not exist" in command("compare", good, tmp_path / "nothing").error
+
+
+def test_a_damaged_report_is_refused(tmp_path: Path, command: Command) -> None:
+    good, bad = build(tmp_path / "a", 100, lost=0), build(tmp_path / "b", 100, lost=0)
+    content = json.loads((bad / "report.json").read_text())
+    del content["engines"][0]["parity"]["loss_ci95"]
+    (bad / "report.json").write_text(json.dumps(content))
+    (bad / "logits" / "labels.npy").unlink()
+    assert "damaged" in command("compare", good, bad).error
+
+
+def test_the_table_fits_80_columns(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    first, second = build(tmp_path / "a", 100, lost=0), build(tmp_path / "b", 112, lost=12, model="another")
+    lines = command("compare", first, second).out.splitlines()
+    assert max(map(len, lines[:3])) <= 80
+    assert "openvino int8 95.00→94.40 0.60 [" in " ".join(lines[2].split())
+    assert "differs: model: a_network → another" in lines
+    assert lines[-1].startswith("REGRESSION: openvino int8 loses at least ")
