@@ -10,8 +10,8 @@ import numpy as np
 
 import edgewright
 from edgewright.gallery import thumbnail
-from edgewright.runtime.latency import Latency
 from edgewright.runtime.gates import MaxDrop, judge
+from edgewright.runtime.latency import Latency
 from edgewright.runtime.parity import compare
 
 __all__ = ["HASH", "IMAGES", "SCHEMA_FILE", "engine", "report_document", "thumbnails"]
