@@ -20,6 +20,7 @@ from edgewright.optimize.placement_rtx import ListedPlacement
 from edgewright.pipeline import Options, Pipeline
 from edgewright.runtime.backends import BACKENDS, BuildRequest
 from edgewright.runtime.errors import BuildError, CalibrationError
+from edgewright.runtime.gates import MaxDrop
 from fake_timing import FakeBackend, Milliseconds
 from tiny_network import PREPROCESS, write_images
 
@@ -166,7 +167,7 @@ def test_bf16_of_the_placement_reaches_the_engine(folder: Folder, timed: Any, mo
     [
         ({"seed": 5}, ("seed",)),
         ({"threads": 2}, ("threads",)),
-        ({"budget": 0.5, "method": "mse", "rescue": True, "finetune": "fashion-mnist"}, ()),
+        ({"gates": (MaxDrop(0.5),), "method": "mse", "rescue": True, "finetune": "fashion-mnist"}, ()),
         ({"remainder": "fp32", "targets": ("sm120",), "placement": "measured"}, ()),
     ],
     ids=["seed", "threads", "what mends", "of GPUs alone"],
@@ -286,7 +287,7 @@ def test_of_fewer_than_four_images_all_choose_and_check(folder: Folder, tmp_path
 
 
 def test_the_options_reach_the_ladder(folder: Folder) -> None:
-    pipeline = folder.pipeline(budget=0.02, remainder="fp32", seed=9)
+    pipeline = folder.pipeline(gates=(MaxDrop(0.02),), remainder="fp32", seed=9)
     with pipeline.workspace.locked():
         _ = pipeline.calibrated
         aim = pipeline.int8._ladder._aim

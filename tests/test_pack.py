@@ -26,6 +26,7 @@ from edgewright.runtime.backends import backend_named
 from edgewright.runtime.bundle import KeyPair, open_bundle, write_key_pair
 from edgewright.runtime.errors import BuildError, BundleError, QuantizationError, RollbackError
 from edgewright.runtime.files import sha256_of
+from edgewright.runtime.gates import MaxDrop
 from edgewright.runtime.parity import compare
 from edgewright.runtime.specs import BatchProfile
 from tiny_network import LABELS, PREPROCESS, TINY_MODELS
@@ -39,7 +40,7 @@ def pipeline_of(build_dir: Path, images: Any, model: str = "tiny", **changes: An
         "build_dir": build_dir,
         "calibration": images.calibration,
         "evaluation": images.evaluation,
-        "budget": BUDGET,
+        "gates": (MaxDrop(BUDGET),),
         "backends": ("onnxruntime",),
         **changes,
     }

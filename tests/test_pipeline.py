@@ -626,12 +626,12 @@ def test_the_fastest_row_that_passes_is_recommended(
 
 
 def test_verdicts_follow_the_budget(prove: Prove) -> None:
-    assert prove(budget=0.001).verdict == "inconclusive"
-    found = prove(budget=0.08)
+    assert prove(gates=(MaxDrop(0.001),)).verdict == "inconclusive"
+    found = prove(gates=(MaxDrop(0.08),))
     assert (found.verdict, row_of(found, *FP32.split()).status) == ("pass", "verified")
     assert found.recommended is not None
     with pytest.raises(ParityError, match="budget"):
-        prove(budget=float("nan"))
+        prove(gates=(MaxDrop(float("nan")),))
 
 
 def test_all_rows_over_budget(prove: Prove, build_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
