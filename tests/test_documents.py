@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,12 +18,15 @@ from PIL import Image
 from command import Command
 from document_commands import ROOT, faults, make_targets
 from documents import Block, anchors, blocks, commands, file_name, holds_commands, links
+from edgewright.cli import cli
+from edgewright.cli_help import commands_of
 from edgewright.pipeline import Options, Pipeline
 
 COMMANDED = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
 )
+WIDTH = 80
 LINKED = sorted([*COMMANDED, "CHANGELOG.md"])
 
 
@@ -51,8 +56,37 @@ def _is_broken(document: str, target: str) -> bool:
     return bool(fragment) and fragment not in anchors(file.read_text(encoding="utf-8"))
 
 
-def test_make_help_explains_every_target() -> None:
-    assert [target for target, words in make_targets().items() if not words] == []
+# What documents and help must not leave out
+
+
+def test_make_help_explains_every_target_and_variable() -> None:
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert max(map(len, told)) <= WIDTH
+    targets = [line.split()[1] for line in told if line.startswith("  make ") and len(line.split()) > 2]
+    assert sorted(targets) == sorted(make_targets())
+    variables = re.findall(r"^([A-Z]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert variables
+    assert variables == [line.split()[0] for line in told if re.match(r"  [A-Z]+ ", line)]
+
+
+def test_formats_name_every_schema() -> None:
+    sources = [path.read_text() for path in (ROOT / "src/edgewright").rglob("*.py")]
+    schemas = {found for source in sources for found in re.findall(r'"edgewright\.([a-z-]+/\d+)"', source)}
+    assert "stage/2" in schemas
+    told = read("docs/formats.md") + read("docs/contract.md")
+    printed = {words.split()[-1] for words in dict(commands_of(cli))}  # edgewright.COMMAND/1, in contract.md
+    assert [
+        name for name in sorted(schemas) if f"edgewright.{name}" not in told and name.split("/")[0] not in printed
+    ] == []
+
+
+def test_formats_name_every_file_of_a_build_folder(lenet: Path) -> None:
+    told = re.sub(r"[A-Z]{3,}", "*", " ".join(re.findall(r"`([^`]+)`", read("docs/formats.md"))))
+    patterns = [pattern.replace("[-*]", "*") for pattern in told.split()]
+    folder = lenet / "lenet"
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
+    assert len(files) > 5
+    assert [str(file) for file in files if not any(fnmatch(str(file), pattern) for pattern in patterns)] == []
 
 
 # Running
