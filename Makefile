@@ -1,4 +1,9 @@
 # Edgewright. Every target does its own set-up in .venv, and does it again only when pyproject.toml has changed.
+## MODEL: The network; edgewright models lists them.
+## ARGS: Passed on to the program, such as ARGS='--threads 1'.
+## WORKERS: Tests at a time; 2 if not given.
+## PYTHON: The Python that makes .venv, 3.10 to 3.12.
+## EXTRAS: Of pyproject.toml, into .venv.
 MODEL ?= mobilenet_effnet_b0
 ARGS ?=
 WORKERS ?= 2
@@ -28,7 +33,8 @@ ORT_GPU_STAMP := $(ORT_GPU_VENV)/.gpu-$(shell cksum <pyproject.toml | tr ' ' -)
 
 help:  ## This list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 22
-	@echo 'Variables: MODEL=$(MODEL), ARGS= passed on, WORKERS=$(WORKERS), PYTHON= to make $(VENV) with, EXTRAS=$(EXTRAS)'
+	@echo 'Variables, as in make engine MODEL=lenet:'
+	@sed -n 's/^## \([A-Z]*\): /  \1\t/p' $(MAKEFILE_LIST) | expand -t 22
 
 engine: $(ENGINE_STAMP)  ## Export, fold, calibrate, quantize, build and prove MODEL.
 	@$(VENV)/bin/edgewright engine $(MODEL) $(ARGS)
@@ -45,7 +51,7 @@ lint: $(TEST_STAMP)  ## Style, types and the direction of imports.
 bench: $(TEST_STAMP)  ## The figures, side by side in one run.
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
 
-zoo: $(TEST_STAMP)  ## Every network through the pipeline; writes docs/zoo.md. Takes more than an hour.
+zoo: $(TEST_STAMP)  ## Every network; writes docs/zoo.md. More than an hour.
 	$(VENV)/bin/python benchmarks/zoo.py $(ARGS)
 
 bundle: $(ENGINE_STAMP)  ## Pack MODEL for a device; ARGS=--archive for one file.
@@ -54,16 +60,16 @@ bundle: $(ENGINE_STAMP)  ## Pack MODEL for a device; ARGS=--archive for one file
 train: $(ENGINE_STAMP)  ## Train MODEL on Fashion-MNIST by its recipe.
 	$(VENV)/bin/edgewright train $(MODEL) $(ARGS)
 
-test-oldest: $(OLDEST_STAMP)  ## The tests with Python 3.10, torch 2.6 and the oldest of everything else.
+test-oldest: $(OLDEST_STAMP)  ## The tests with the oldest Python and libraries.
 	$(OLDEST_VENV)/bin/pytest --numprocesses $(WORKERS) --dist worksteal $(ARGS)
 
-ort-gpu-env: $(ORT_GPU_STAMP)  ## The device's install with onnxruntime-gpu (about 450 MB), for those tests that need it.
+ort-gpu-env: $(ORT_GPU_STAMP)  ## onnxruntime-gpu for some tests (450 MB).
 
-peers-env: $(PEERS_STAMP)  ## NNCF and ModelOpt (about 3 GB), which the benchmarks compare with.
+peers-env: $(PEERS_STAMP)  ## NNCF and ModelOpt for make bench (3 GB).
 
-pycuda-wheel: $(PYCUDA_STAMP)  ## pycuda for the tests, compiled without CUDA's toolkit. The first time it takes minutes.
+pycuda-wheel: $(PYCUDA_STAMP)  ## pycuda for some tests, compiled in minutes.
 
-clean:  ## Remove all that these targets made: engines, caches, .venv.
+clean:  ## Remove engines, caches, .venv: all that these made.
 	rm -rf $(VENV) $(OLDEST_VENV) $(ORT_GPU_VENV) $(PEERS_VENV) build dist src/edgewright.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
