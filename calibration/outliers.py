@@ -68,14 +68,11 @@ def outliers(names: Sequence[str], contrasts: NDArray[np.float64], magnitudes: N
     far = far[np.argsort(-scores[far], kind="stable")]
     blank, strange = faint.tolist(), far.tolist()
     if not len(faint) and not len(far):
-        return Finding(
-            "outliers",
-            OK,
-            (
-                f"{len(names):,} images: contrast at least {contrasts.min():.0f} of 255, activations at most "
-                f"{scores.max():.1f} standard deviations from the usual ones",
-            ),
-        )
+        usual = f"activations at most {scores.max():.1f} standard deviations from the usual ones"
+        unknown = f"what is usual for activations is not known of fewer than {FEWEST_IMAGES}"
+        told = usual if len(names) >= FEWEST_IMAGES else unknown
+        seen = f"{len(names):,} images: contrast at least {contrasts.min():.0f} of 255, {told}"
+        return Finding("outliers", OK, (seen,))
     evidence = []
     if len(faint):
         shown = named([f"{names[index]} ({contrasts[index]:.1f})" for index in blank])

@@ -68,4 +68,7 @@ def test_many_are_a_problem_and_of_few_images_none_is_unusual() -> None:
     assert outliers(NAMES, contrasts, USUAL).verdict == PROBLEM
     activations = USUAL[:15].copy()
     activations[3] *= 100
-    assert outliers(NAMES[:15], CONTRASTS[:15], activations).verdict == OK
+    few = outliers(NAMES[:15], CONTRASTS[:15], activations)
+    assert few.verdict == OK
+    assert few.evidence[0].endswith("what is usual for activations is not known of fewer than 16")
+    assert "standard deviations" in outliers(NAMES, CONTRASTS, USUAL).evidence[0]
