@@ -263,7 +263,7 @@ def test_the_document_with_engines_for_a_gpu(linear: Tiny) -> None:
 
 
 def test_stages_say_what_they_gave(linear: Tiny) -> None:
-    given = [re.sub(r"[0-9.]+ MB", "MB", line) for line in linear("engine").err.splitlines()]
+    given = [re.sub(r"[0-9.]+ [kM]B", "MB", line) for line in linear("engine").err.splitlines()]
     lines = {line.split("  ")[1]: " ".join(line.split()) for line in given}
     for stage, note in (
         ("quantize cpu", "4 of 6 layers to INT8: ranges"),

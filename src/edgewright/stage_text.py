@@ -10,13 +10,13 @@ from edgewright.workspace import FIRST_TIME, StageRun
 __all__ = ["stage_details", "stage_line"]
 
 NAME_WIDTH, SECONDS_WIDTH, BYTES_WIDTH = 29, 7, 8  # columns
-MEGABYTE = 1e6
+KILOBYTE, MEGABYTE = 1e3, 1e6
 
 
 def stage_line(run: StageRun) -> str:
-    """Its name, seconds, what it wrote in megabytes, and what came of it."""
+    """Its name, seconds, how much it wrote, and what came of it."""
     what = "reused" if run.cached else f"{run.seconds:.1f} s"
-    size = f"{run.bytes / MEGABYTE:.1f} MB" if run.bytes else ""
+    size = _size(run.bytes) if run.bytes else ""
     why = "" if run.cached or run.changed == FIRST_TIME else f"changed: {', '.join(run.changed)}"
     columns = f"  {run.name:<{NAME_WIDTH}} {what:>{SECONDS_WIDTH}} {size:>{BYTES_WIDTH}}"
     return "  ".join(part for part in (columns.rstrip(), _summary(run), why) if part)
@@ -39,6 +39,10 @@ def stage_details(run: StageRun) -> Iterator[str]:
         yield f"stays float: {name}: {reason}"
     if not run.name.startswith("quantize"):
         yield from facts.get("notes", ())
+
+
+def _size(count: int) -> str:
+    return f"{count / MEGABYTE:.1f} MB" if count >= MEGABYTE / 10 else f"{count / KILOBYTE:.1f} kB"
 
 
 def _summary(run: StageRun) -> str:
