@@ -28,7 +28,7 @@ def stage(name: str, **facts: Any) -> StageRun:
         (stage("export"), "export 6.1 s 15.3 MB"),
         (StageRun("export", 6.14, True, "", (), {}, 15_340_000), "export reused 15.3 MB"),
         (StageRun("latency", 6.14, False, "", FIRST_TIME, {}), "latency 6.1 s"),
-        (StageRun("gallery", 0.04, False, "", FIRST_TIME, {}, 100_000), "gallery 0.0 s 0.1 MB"),
+        (StageRun("reference", 0.04, False, "", FIRST_TIME, {}, 100_000), "reference 0.0 s 0.1 MB"),
         (StageRun("place rtx", 5.5, False, "", FIRST_TIME, {"left_out": {}}, 99_940), "place rtx 5.5 s 99.9 kB"),
         (stage("calibrate", **CALIBRATED), "calibrate 6.1 s 15.3 MB 96 images, 240 activations"),
         (
