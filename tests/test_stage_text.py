@@ -67,13 +67,18 @@ def test_the_details_of_casting_are_what_stays() -> None:
 
 
 def test_the_details_of_quantizing_are_all_rungs_and_what_stays_float() -> None:
-    run = stage("quantize cpu", int8_layers=4, layers=5, rungs=RUNGS, left_out={"stem": "slower"}, notes=["in words"])
+    run = stage("quantize cpu", int8_layers=4, layers=5, rungs=RUNGS, left_out={"stem": "slower"}, notes=["in words", "1 stays"])
     assert list(stage_details(run)) == [
         "ranges: 3 × mse, 19.9 dB, 1.2 s",
         "equalization, not taken: no pair, 19.9 dB, 0.0 s",
         "AdaRound: rounding of 4 layers learned, 26.7 dB, 41.0 s",
-        "stays float: stem: slower",
+        "1 stays",
     ]
+
+
+def test_the_details_of_placing_are_what_stays_float_and_why() -> None:
+    run = stage("place cpu", left_out={"stem": "slower"}, layers=5, notes=["1 of 5 layers stay in FP32"])
+    assert list(stage_details(run)) == ["stays float: stem: slower", "1 of 5 layers stay in FP32"]
 
 
 def test_the_details_of_calibrating_are_its_warnings() -> None:

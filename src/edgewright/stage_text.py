@@ -35,10 +35,11 @@ def stage_details(run: StageRun) -> Iterator[str]:
         for rung in facts["rungs"]:
             taken = "" if rung["taken"] else ", not taken"
             yield f"{rung['name']}{taken}: {rung['note']}, {rung['sqnr_db']:.1f} dB, {rung['seconds']:.1f} s"
+        yield from facts.get("notes", ())[1:]  # the first says of the rungs what their own lines say
+        return
     for name, reason in facts.get("left_out", {}).items():
         yield f"stays float: {name}: {reason}"
-    if not run.name.startswith("quantize"):
-        yield from facts.get("notes", ())
+    yield from facts.get("notes", ())
 
 
 def _size(count: int) -> str:
