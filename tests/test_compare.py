@@ -184,3 +184,13 @@ def test_the_table_fits_80_columns(tmp_path: Path, command: Command, monkeypatch
     assert "openvino int8 95.00→94.40 0.60 [" in " ".join(lines[2].split())
     assert "differs: model: a_network → another" in lines
     assert lines[-1].startswith("REGRESSION: openvino int8 loses at least ")
+
+
+def test_builds_without_a_common_engine_are_refused(tmp_path: Path, command: Command) -> None:
+    one = build(tmp_path / "a", 0, lost=0)
+    other = document(engine("onnxruntime", "fp32", lost=0))
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(other))
+    done = command("compare", one, path)
+    assert done.code == 1
+    assert "no engine was judged in both: A has" in done.err

@@ -67,7 +67,9 @@ def test_the_details_of_casting_are_what_stays() -> None:
 
 
 def test_the_details_of_quantizing_are_all_rungs_and_what_stays_float() -> None:
-    run = stage("quantize cpu", int8_layers=4, layers=5, rungs=RUNGS, left_out={"stem": "slower"}, notes=["in words", "1 stays"])
+    run = stage(
+        "quantize cpu", int8_layers=4, layers=5, rungs=RUNGS, left_out={"stem": "slower"}, notes=["in words", "1 stays"]
+    )
     assert list(stage_details(run)) == [
         "ranges: 3 × mse, 19.9 dB, 1.2 s",
         "equalization, not taken: no pair, 19.9 dB, 0.0 s",

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from edgewright.report_view import engine_name, loss_of
 from edgewright.runtime.backends import BACKENDS
+from edgewright.runtime.errors import ParityError
 from edgewright.runtime.intervals import newcombe_paired_interval
 
 __all__ = ["AccuracyChange", "Build", "Comparison", "EnginePair", "LatencyChange", "compare_builds"]
@@ -134,8 +135,16 @@ class Comparison:
 
 
 def compare_builds(first: Build, second: Build) -> Comparison:
-    """`second` held against `first`. Raises `ParityError` if a document's figures contradict each other."""
+    """`second` held against `first`.
+
+    Raises `ParityError` if no engine was judged in both, or if a document's figures contradict each other.
+    """
     rows, others = _judged(first), _judged(second)
+    if not rows.keys() & others.keys():
+        raise ParityError(
+            f"no engine was judged in both: A has {', '.join(rows) or 'none'}, B has {', '.join(others) or 'none'}",
+            "compare builds with the same backend, precision and target",
+        )
     same_images = first.images is not None and first.images == second.images
     timing = _timing_difference(first, second)
     drift = _drift(rows, others) if not timing else 0.0
