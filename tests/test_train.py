@@ -23,7 +23,7 @@ from torch import Tensor
 from command import Command
 from edgewright import train
 from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
-from edgewright.cli import train as train_command
+from edgewright.cli_train import train as train_command
 from edgewright.console import _DelayedBar
 from edgewright.curve import CurveRow
 from edgewright.export.models import FASHION_MNIST_LABELS, MODELS

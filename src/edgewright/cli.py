@@ -24,25 +24,23 @@ from edgewright.cli_calibration import calibration
 from edgewright.cli_device import build_engines, doctor_lines, or_bundle, verify_engines
 from edgewright.cli_explain import blame, explain
 from edgewright.cli_help import add_examples, completion
+from edgewright.cli_inspect import audit, inspect, models
 from edgewright.cli_options import (
     DEFAULT_MODEL,
     bundle_options,
     cache_option,
     detail_wanted,
-    graph_options,
     json_option,
     junit_option,
     pipeline_options,
     rebuild_option,
     run_options,
-    source_options,
 )
 from edgewright.cli_report import compare, report
+from edgewright.cli_train import train
 from edgewright.runtime.errors import EdgewrightError, EngineError, WorkspaceError
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from edgewright.pipeline import Pipeline
 
 __all__ = ["main"]
@@ -56,7 +54,11 @@ def cli() -> None:
     """Takes a PyTorch image classifier to an edge device and proves its accuracy there."""
 
 
-for outside in (bench, blame, calibration, compare, completion, explain, keygen, pack, report, unpack):
+OUTSIDE = (
+    *(audit, bench, blame, calibration, compare, completion, explain),
+    *(inspect, keygen, models, pack, report, train, unpack),
+)
+for outside in OUTSIDE:
     cli.add_command(outside)
 
 
@@ -246,71 +248,6 @@ def doctor(cache: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
-@source_options
-@click.option("--folded", is_flag=True, help="The graph after folding, not as exported.")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Memory and MACs by layer, .svg or .png.")
-def inspect(as_json: bool, folded: bool, plot: Path | None, **arguments: Any) -> None:
-    """What MODEL is made of: layers by stage, output, parameters, MACs, receptive field, bytes moved.
-
-    MODEL may be any ONNX file too, such as build/resnet50/int8-cpu.onnx.
-    """
-    from edgewright.inspect_plot import check_plot_path, save_plot
-    from edgewright.inspect_report import inspect_document, inspect_lines, inspect_table
-    from edgewright.optimize.summary import summary
-
-    if plot is not None:
-        check_plot_path(plot)
-    layers = summary(_inspected(folded, **arguments), arguments["input_shape"])
-    if plot is not None:
-        save_plot(layers, plot, arguments["model"])
-    if as_json:
-        document = inspect_document(layers)
-        click.echo(json.dumps({"schema": document["schema"], "model": arguments["model"], **document}, indent=1))
-        return
-    from edgewright.console import print_listing
-
-    print_listing(functools.partial(inspect_table, layers), inspect_lines(layers))
-
-
-def _inspected(folded: bool, **arguments: Any) -> ir.Model:
-    """The graph of a person's own file as it is; of anything else, and folded, as the stages make it."""
-    import onnx_ir as ir
-
-    if arguments["model"].lower().endswith(".onnx") and not folded:
-        from edgewright.export.from_onnx import check_request
-        from edgewright.export.onnx_files import load_onnx
-
-        check_request(graph_options(**arguments).request)
-        return ir.from_proto(load_onnx(Path(arguments["model"])))
-    from edgewright.console import ConsoleObserver
-    from edgewright.pipeline import Pipeline
-
-    with ConsoleObserver(detail_wanted()) as observer:
-        pipeline = Pipeline(graph_options(**arguments), observer)
-        with pipeline.workspace.locked():
-            artifact = pipeline.folded if folded else pipeline.exported
-            return ir.load(pipeline.workspace.path(artifact.path))
-
-
-@cli.command()
-@click.argument("engine", type=click.Path(path_type=Path))
-@json_option
-def audit(engine: Path, as_json: bool) -> None:
-    """What an ENGINE file really runs: each kernel, what was fused into it, its precision and its traffic."""
-    from edgewright.report import audit_document, audit_line, audit_table
-    from edgewright.runtime.engine_files import description_of, read_info, verified_bytes
-
-    info = read_info(description_of(engine))
-    verified_bytes(engine, info)
-    if as_json:
-        click.echo(json.dumps(audit_document(info, str(engine)), indent=1))
-        return
-    from edgewright.console import print_audit
-
-    print_audit(audit_table(info), audit_line(info))
-
-
-@cli.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--engine", "path", type=click.Path(path_type=Path), help="Engine file, build folder or bundle.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Use build/MODEL when --engine is not given.")
@@ -359,87 +296,6 @@ def run(
         click.echo(str(image))
         for prediction in predictions:
             click.echo(f"  {100 * prediction.probability:6.2f} %  {prediction.label}")
-
-
-@cli.command()
-@json_option
-def models(as_json: bool) -> None:
-    """List the networks: parameters, MACs, input, and where their weights come from."""
-    from edgewright.models_report import models_document, models_lines
-
-    click.echo(json.dumps(models_document(), indent=1) if as_json else "\n".join(models_lines()))
-
-
-@cli.command()
-@click.argument("model", default=DEFAULT_MODEL)
-@click.option("--output", type=click.Path(path_type=Path), help="Default: build/MODEL/trained.safetensors.")
-@click.option("--epochs", type=click.IntRange(1), help="Passes over the 60,000 images.")
-@click.option("--optimizer", type=click.Choice(["adamw", "sgd"]), help="sgd has Nesterov momentum of 0.9.")
-@click.option("--learning-rate", "peak_learning_rate", type=float, help="Peak of the one-cycle schedule.")
-@click.option("--weight-decay", type=float, help="Of matrices and filters.")
-@click.option("--batch-size", type=click.IntRange(1))
-@click.option("--label-smoothing", type=float)
-@click.option("--augment/--no-augment", default=None, help="Flip and shift the training images.")
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1))
-@click.option("--size", type=click.IntRange(1, 4096), metavar="PIXELS", help="Height and width of the images.")
-@click.option("--from", "start", metavar="FILE|lite0|none", help="First weights; a head for other classes is replaced.")
-@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
-@click.option("--threads", type=click.IntRange(0, 1024), default=0, help="CPU threads; 0: PyTorch's own choice.")
-@click.option("--data", type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's idx files.")
-@click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build"), show_default=True)
-@click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout.")
-def train(
-    model: str,
-    output: Path | None,
-    start: str | None,
-    size: int | None,
-    device: str,
-    threads: int,
-    data: Path | None,
-    build_dir: Path,
-    as_json: bool,
-    **changes: Any,
-) -> None:
-    """Train MODEL on Fashion-MNIST; goes on where it was stopped.
-
-    Without options by the recipe of docs/training.md, for mobilenet_effnet_b0 that of the checkpoint that ships.
-    """
-    from edgewright.console import ConsoleObserver
-    from edgewright.recipes import recipe_of
-    from edgewright.train import train_checkpoint
-    from edgewright.workspace import Workspace
-
-    recipe = recipe_of(model, **changes)
-    workspace = Workspace(build_dir / model)
-    with ConsoleObserver(label_width=len("train")) as observer, workspace.locked():
-        training = train_checkpoint(
-            model,
-            output or workspace.path("trained.safetensors"),
-            recipe=recipe,
-            start=start,
-            size=size,
-            data=data,
-            device=device,
-            threads=threads,
-            state_file=workspace.path("training.pt"),
-            progress=functools.partial(observer.progressed, "train"),
-        )
-    if as_json:
-        document = {
-            "schema": "edgewright.train/1",
-            "model": model,
-            "path": str(training.checkpoint),
-            "top1": training.top1,
-            "start": training.start,
-            "epochs": len(training.curve),
-            "seconds": training.seconds,
-            "curve": {"csv": str(training.curve_csv), "svg": str(training.curve_svg)},
-        }
-        click.echo(json.dumps(document, indent=1))
-        return
-    click.echo(f"started from {training.start}")
-    click.echo(f"{training.checkpoint}: top-1 {100 * training.top1:.2f} % on the 10,000 test images")
-    click.echo(f"learning curve: {training.curve_csv}, {training.curve_svg}")
 
 
 add_examples(cli)
