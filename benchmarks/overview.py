@@ -45,7 +45,6 @@ from edgewright.workspace import library_versions, machine
 
 THREADS = 2
 PAGE = ROOT / "docs" / "benchmarks.md"
-BATCH = 32
 PLACING_SECONDS, COMPARING_SECONDS = 10.0, 40.0
 PLAIN = "PyTorch eager"
 CALIBRATION_PHOTOGRAPHS = 256
@@ -95,7 +94,7 @@ def measure() -> Iterator[Figure]:
                 min_runs=30,
                 max_runs=400,
             )
-            parities = {one.name: _parity(subject, one) for one in contestants}
+            parities = _parities(subject, contestants)
         medians = {name: float(np.median(taken)) for name, taken in samples.items()}
         best = _recommended(contestants, medians, parities)
         rows = [_row(one, medians, parities[one.name], best) for one in contestants]
@@ -200,10 +199,9 @@ def _by_nncf(subject: Subject) -> Iterator[Contestant]:
         if result is None or BACKENDS["openvino"].absence() is not None:
             return
         size = sum(file.stat().st_size for file in (result.graph, result.graph.with_suffix(".bin"))) / 1e6
-        single, several = (openvino_request(result.graph, batch, THREADS) for batch in (1, None))
+        request = openvino_request(result.graph, 1, THREADS)
 
     def answers(images: Batch) -> Batch:
-        request = single if len(images) == 1 else several
         logits: Batch = request.infer([images])[0].copy()
         return logits
 
@@ -229,15 +227,12 @@ def _ours(stack: ExitStack, backend: str, subject: Subject, table: Any) -> Itera
         )
 
 
-def _parity(subject: Subject, contestant: Contestant) -> Parity | None:
-    """Beside PyTorch, on the images that judge; None without labels."""
+def _parities(subject: Subject, contestants: list[Contestant]) -> dict[str, Parity | None]:
+    """Each beside PyTorch on the images that judge, one at a time as they were timed; None without labels."""
     if subject.labels is None:
-        return None
-    expected, found = (
-        np.concatenate([answers(part) for part in np.split(subject.judged, range(BATCH, len(subject.judged), BATCH))])
-        for answers in (_torch_answers(subject.module), contestant.answers)
-    )
-    return compare(expected, found, subject.labels)
+        return dict.fromkeys((one.name for one in contestants), None)
+    logits = {one.name: np.concatenate([one.answers(image[None]) for image in subject.judged]) for one in contestants}
+    return {name: compare(logits[PLAIN], found, subject.labels) for name, found in logits.items()}
 
 
 def _recommended(contestants: list[Contestant], medians: dict[str, float], parities: dict[str, Parity | None]) -> str:

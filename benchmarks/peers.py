@@ -158,12 +158,12 @@ ON_CPU = ("NNCF", "NNCF mixed", "onnxruntime min-max")
 ON_TENSORRT = ("ModelOpt for TensorRT", "onnxruntime for TensorRT")
 
 
-def openvino_request(graph: Path, batch: int | None, threads: int, rest: str = "f32") -> Any:
-    """What runs a quantized graph at one batch size, or at any; `rest`: what its other layers run in."""
+def openvino_request(graph: Path, batch: int, threads: int, rest: str = "f32") -> Any:
+    """What runs a quantized graph at one batch size; `rest`: what its other layers run in."""
     import openvino
 
     read = openvino.Core().read_model(graph)
-    read.reshape([batch or -1, *read.inputs[0].get_partial_shape()[1:]])
+    read.reshape([batch, *read.inputs[0].get_partial_shape()[1:]])
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": rest}
     return openvino.Core().compile_model(read, "CPU", settings).create_infer_request()
 
