@@ -563,7 +563,7 @@ def test_ctrl_c_in_a_stage(tiny: Tiny, build_dir: Path, monkeypatch: pytest.Monk
     stopped = tiny("engine")
     assert stopped.code == 130
     assert stopped.out == ""
-    assert stopped.err.splitlines()[-1] == "interrupted; what is finished is kept, the next run goes on"
+    assert stopped.err.splitlines()[-1] == "interrupted; stages that are finished are kept"
     assert "Traceback" not in stopped.err
     monkeypatch.setattr(Workspace, "stage", make_stage)
     monkeypatch.setattr(os, "replace", replace)

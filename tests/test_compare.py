@@ -186,6 +186,25 @@ def test_the_table_fits_80_columns(tmp_path: Path, command: Command, monkeypatch
     assert lines[-1].startswith("REGRESSION: openvino int8 loses at least ")
 
 
+def test_gates_and_other_options_differ_in_words(tmp_path: Path, command: Command) -> None:
+    first, second = build(tmp_path / "a", 100, lost=0), build(tmp_path / "b", 100, lost=0)
+    content = json.loads((second / "report.json").read_text())
+    content["provenance"]["options"] |= {"gates": {"max_drop": 0.02, "min_sqnr": 20.0}, "budget": 0.02, "threads": 1}
+    content["provenance"]["options"]["completion"] = {"mean": [0.5, 0.5], "std": None}
+    (second / "report.json").write_text(json.dumps(content))
+    lines = [line for line in command("compare", first, second).out.splitlines() if line.startswith("differs")]
+    assert lines == [
+        "differs: gates: max_drop 0.02 → max_drop 0.02, min_sqnr…",
+        "differs: threads: 2 → 1",
+        "differs: completion: none → mean [0.5, 0.5]",
+    ]
+
+
+def test_values_that_differ_late_are_told_whole(tmp_path: Path, command: Command) -> None:
+    first, second = (build(tmp_path / name, 100, lost=0, model=f"{'network-' * 5}{name}") for name in "ab")
+    assert f"differs: model: {'network-' * 5}a → {'network-' * 5}b" in command("compare", first, second).out
+
+
 def test_builds_without_a_common_engine_are_refused(tmp_path: Path, command: Command) -> None:
     one = build(tmp_path / "a", 0, lost=0)
     other = document(engine("onnxruntime", "fp32", lost=0))

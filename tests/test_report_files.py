@@ -99,6 +99,8 @@ def test_a_run_in_which_nothing_changed_draws_nothing(whole: Path, shared_images
     command = done.document["provenance"]["command"]
     assert command.startswith("edgewright engine tiny --build-dir ")
     assert "--json" not in command
+    options = done.document["provenance"]["options"]
+    assert options["gates"] == {"max_drop": options["budget"]}
     assert (whole / "report.html").read_bytes() == page
 
 

@@ -98,6 +98,9 @@ def test_names_are_text(name: str) -> None:
     document["engines"][0]["reason"] = document["notes"][0] = document["provenance"]["command"] = name
     document["layers"]["cpu"]["layers"][0]["name"] = document["breakdown"]["graph"][0]["name"] = name
     document["layers"][name] = document["layers"].pop("cpu")
+    for figures in (row["figures"] for row in document["engines"] if row["figures"]):
+        figures["worst_class"]["label"] = name
+        figures["confusion_changes"] = [change | {"true_label": name} for change in figures["confusion_changes"]]
     found = Elements(report_html(document, {}))
     assert [tag for tag, _ in found.tags] == [tag for tag, _ in plain.tags]
     assert found.text.count(name) >= 10
@@ -131,13 +134,55 @@ def test_a_document_of_an_older_version() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"verdict": "fail", "recommended": None}, "Fail. No engine stays within the budget."),
+        ({"verdict": "fail", "recommended": None, "engines": []}, "Fail. No engine passes."),
         ({"verdict": "inconclusive", "recommended": None, "engines": []}, "Inconclusive. No engine could be run here."),
     ],
 )
 def test_a_verdict_without_recommendation(change: dict[str, Any], sentence: str) -> None:
     document = report_document(**change)
     assert sentence in " ".join(Elements(report_html(document, {})).text.split())
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("fail", "over_budget"), ("inconclusive", "undecided")])
+def test_without_an_engine_to_take_the_closest_is_named(verdict: str, status: str) -> None:
+    document = report_document(verdict=verdict, recommended=None)
+    for row in document["engines"][:4]:
+        row |= {"status": status, "reason": f"{verdict.upper()}: of {row['backend']} {row['precision']['requested']}"}
+    document["engines"][0]["status"] = "failed"  # it loses least, and is not what the verdict is about
+    sentence = {
+        "fail": "Fail. No engine passes; the closest is openvino bf16: of openvino bf16.",
+        "inconclusive": "Inconclusive. Of openvino bf16.",
+    }[verdict]
+    words = " ".join(Elements(report_html(document, {})).text.split())
+    assert sentence in words
+    assert "Take " not in words
+    assert sentence.partition(". ")[2] in report_markdown(document)
+
+
+def test_each_of_several_gates_is_told() -> None:
+    document = report_document()
+    assert 'aria-label="Gates"' not in report_html(document, {})
+    first = document["engines"][3]["gates"][0]
+    second = first | {"gate": "min_sqnr", "verdict": "fail", "claim": "SQNR of the logits 12.0 dB, minimum 20"}
+    document["engines"][3]["gates"] = [first, second]
+    text = " ".join(Elements(report_html(document, {})).text.split())
+    assert "pass loses at most 0.82 points (95 %), budget 2fail SQNR of the logits 12.0 dB, minimum 20" in text
+
+
+def test_classes_confidences_and_confusions_are_shown() -> None:
+    text = " ".join(Elements(report_html(report_document(), {})).text.split())
+    # of 2,000 coats 1,900 are right in the reference; openvino int8 loses 12 and gains 5 of them
+    assert "coat95.00 → 94.650.35 [−0.09, 0.81]" in text
+    assert "What openvino int8 confuses more or less often than the reference" in text
+    assert "coatshirt100107" in text
+
+
+@pytest.mark.parametrize("missing", ["figures", "gates"])
+def test_rows_of_an_older_document_lack_figures(missing: str) -> None:
+    document = report_document()
+    for row in document["engines"]:
+        del row[missing]
+    assert "Classes and confidences" not in report_html(document, {}) or missing == "gates"
 
 
 def test_figures_that_a_later_version_adds_are_shown() -> None:

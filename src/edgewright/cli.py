@@ -328,7 +328,7 @@ def _exit_code() -> int:
     except EdgewrightError as error:
         return _reported(error)
     except (KeyboardInterrupt, click.Abort):
-        fact, remedy = "interrupted", "what is finished is kept, the next run goes on"
+        fact, remedy = "interrupted", "stages that are finished are kept"
         if _wants_json():
             _echo_error("Interrupted", fact, remedy)
         click.echo(f"{fact}; {remedy}", err=True)

@@ -31,8 +31,8 @@ __all__ = ["AccuracyChange", "Build", "Comparison", "EnginePair", "LatencyChange
 
 Document = Mapping[str, Any]
 Bits = NDArray[np.bool_]
-PLACES = ("build dir",)
-"""Options that say where a build lies, not what it is."""
+UNTOLD = ("build dir", "budget")
+"""Options that say where a build lies, and what the gates say already."""
 LEAST_SLOWDOWN = 0.05
 """Medians of the same engine from two runs on a machine that is not alone differ by some per cent."""
 
@@ -290,8 +290,14 @@ def _differences(first: Build, second: Build) -> dict[str, tuple[str, str]]:
         if values is None or others is None:  # of an older version, which is said once
             continue
         for name in dict.fromkeys([*values, *others]):
-            found[name.replace("_", " ")] = str(values.get(name, "none")), str(others.get(name, "none"))
-    return {name: both for name, both in found.items() if both[0] != both[1] and name not in PLACES}
+            found[name.replace("_", " ")] = _in_words(values.get(name, "none")), _in_words(others.get(name, "none"))
+    return {name: both for name, both in found.items() if both[0] != both[1] and name not in UNTOLD}
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {each}" for name, each in value.items() if each is not None) or "none"
+    return ", ".join(map(_in_words, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _calibration(build: Build) -> str:

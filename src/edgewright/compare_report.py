@@ -105,7 +105,9 @@ def _decibels(value: float | None) -> str:
 def compare_lines(found: Comparison) -> Iterator[str]:
     """What differs, what was not compared, and in the last line whether B is worse."""
     for name, (value, other) in found.differences.items():
-        yield f"differs: {name}: {_short(value)} → {_short(other)}"
+        short, also_short = _short(value), _short(other)
+        told = f"{short} → {also_short}" if short != also_short else f"{value} → {other}"
+        yield f"differs: {name}: {told}"
     yield from (f"note: {note}" for note in found.notes)
     if found.regressions:
         yield f"REGRESSION: {'; '.join(found.regressions)}"

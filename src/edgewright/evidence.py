@@ -200,8 +200,8 @@ def _timed(pipeline: Pipeline, row: EngineRow, graph: str, known: Mapping[str, s
 
 
 def _changed(pipeline: Pipeline, outcome: Outcome) -> dict[str, Any] | None:
-    """The images that the recommended engine, or else the one that is closest, answers otherwise than the reference."""
-    row = outcome.recommended or _closest(outcome)
+    """The images that the engine which the verdict is about answers otherwise than the reference."""
+    row = outcome.decisive
     if row is None:
         return None
     logits_file = f"logits/{'-'.join(word for word in (row.backend, row.precision, row.target) if word)}.npy"
@@ -256,9 +256,3 @@ def _in_words(change: Change, names: tuple[str, ...]) -> dict[str, Any]:
         "engine": answer(change.engine.index, change.engine.probability),
         "effect": change.effect,
     }
-
-
-def _closest(outcome: Outcome) -> EngineRow | None:
-    """Of the rows that ran the one that loses least."""
-    ran = [row for row in outcome.rows if row.ran and row.parity is not None]
-    return min(ran, key=lambda row: row.parity.loss if row.parity is not None else 1.0, default=None)

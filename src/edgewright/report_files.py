@@ -26,7 +26,7 @@ __all__ = ["HTML_FILE", "MARKDOWN_FILE", "compared", "published", "read_report",
 HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 CODE = "report_files.py"
 PAGE_CODE = (
-    *(f"report_{part}.py" for part in ("figures", "markdown", "page", "view")),
+    *(f"report_{part}.py" for part in ("answers", "figures", "markdown", "page", "view")),
     *(f"templates/report.{kind}" for kind in ("html.j2", "css")),
 )
 SCHEMA = "edgewright.engine/1"

@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgewright import report_answers as answers
 from edgewright import report_view as view
 from edgewright.report_figures import FigurePair, Point, Spread, frontier_figure, latency_figure
+from edgewright.runtime.backends import BACKENDS
 
 __all__ = ["report_html"]
 
@@ -39,6 +41,7 @@ def report_html(document: Document, thumbnails: Mapping[int, str]) -> str:
 
 def _rendered(document: Document, thumbnails: Mapping[int, str]) -> str:
     ran = [row for row in document["engines"] if row["latency_ms"] is not None]
+    decisive = view.decisive(document)
     page: str = (
         _environment()
         .get_template(TEMPLATE)
@@ -56,7 +59,11 @@ def _rendered(document: Document, thumbnails: Mapping[int, str]) -> str:
             layers=list(_layers(document)),
             breakdown=_breakdown(document),
             thumbnails=thumbnails,
-            figures=view.figures_table(document["engines"]),
+            figures=answers.figures_table(document["engines"]),
+            classes=answers.classes_table(document["engines"]),
+            confusion=answers.confusion_rows(decisive),
+            decisive=decisive,
+            gates=answers.gate_rows(decisive),
             statuses=view.STATUS_WORDS,
             **view.words_of(document),
         )
@@ -152,7 +159,7 @@ def _layers(document: Document) -> Iterator[dict[str, Any]]:
     """One map for each INT8 graph, that of the recommended engine first."""
     found = document.get("layers") or {}
     best = view.recommended(document)
-    first = {"onnxruntime": "cpu", "openvino": "openvino"}.get(best["backend"] if best else "")
+    first = BACKENDS[best["backend"]].dialect if best and best["backend"] in BACKENDS else ""
     for dialect in sorted(found, key=lambda dialect: dialect != first):
         layers = found[dialect]["layers"]
         counts = {

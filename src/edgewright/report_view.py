@@ -12,12 +12,11 @@ from edgewright.report import in_short
 from edgewright.runtime.gates import DEFAULT_BUDGET
 
 __all__ = [
-    "FIGURES",
     "STATUS_WORDS",
     "bar",
     "budget_of",
+    "decisive",
     "engine_name",
-    "figures_table",
     "headline",
     "key_figures",
     "loss_of",
@@ -42,21 +41,7 @@ STATUS_WORDS = {
     "skipped": "skipped",
     "failed": "failed",
 }
-FIGURES: Mapping[str, tuple[str, str]] = {
-    "top5": ("Top-5", "share"),
-    "agreement": ("Agreement", "share"),
-    "agreement_ci95": ("95 %", "shares"),
-    "mcnemar_p": ("McNemar p", "p"),
-    "sqnr_db": ("Logit SQNR", "dB"),
-    "cosine": ("Cosine", "cosine"),
-    "max_abs": ("Max. difference", "number"),
-    "nonfinite": ("Not finite", "count"),
-}
-"""Fields of "parity" with their headings and units, in the order of the table; others follow by their own names."""
 QUIET_CV = 0.025  # coefficient of variation above which a machine was not quiet: docs/contract.md
-SHOWN_ELSEWHERE = {
-    *("source", "images", "labelled", "reference_top1", "reference_top5", "top1", "delta", "loss_ci95", "pairs"),
-}
 
 
 def engine_name(engine: Document) -> str:
@@ -70,18 +55,27 @@ def recommended(document: Document) -> Document | None:
     return None if best is None else next((row for row in document["engines"] if row["path"] == best["path"]), None)
 
 
+def decisive(document: Document) -> Document | None:
+    """The row that the verdict is about: the engine to take, else of those with its verdict what lost least."""
+    best = recommended(document)
+    if best is not None:
+        return best
+    status = "over_budget" if document["verdict"] == "fail" else "undecided"
+    rows = [row for row in document["engines"] if row["status"] == status and row["parity"] is not None]
+    return min(rows, key=lambda row: loss_of(row["parity"]), default=None)
+
+
 def headline(document: Document) -> dict[str, str]:
     """The verdict as a word, a sentence, and what to take."""
-    best, verdict = recommended(document), document["verdict"]
-    undecided = [row for row in document["engines"] if row["status"] == "undecided"]
-    if best is not None:
-        sentence, take = best["reason"], engine_name(best)
-    elif verdict == "inconclusive":
-        sentence, take = (undecided[0]["reason"] if undecided else "no engine could be run here"), ""
+    row, verdict = decisive(document), document["verdict"]
+    take = "" if recommended(document) is None or row is None else engine_name(row)
+    if row is None:
+        sentence = "no engine could be run here" if verdict == "inconclusive" else "no engine passes"
     else:
-        sentence, take = "no engine stays within the budget", ""
-    word, _, claim = sentence.partition(": ")
-    sentence = claim if word.lower() == verdict else sentence
+        word, _, claim = row["reason"].partition(": ")
+        sentence = claim if word.lower() == verdict else row["reason"]
+        if verdict == "fail":
+            sentence = f"no engine passes; the closest is {engine_name(row)}: {sentence}"
     return {"word": WORDS.get(verdict, verdict), "verdict": verdict, "sentence": sentence, "take": take}
 
 
@@ -131,53 +125,6 @@ def _times(plain: Document | None, latency: Document) -> str:
 
 def _smaller(plain: Document | None, best: Document) -> str:
     return "" if plain is None else f"{100 * best['bytes'] / plain['bytes']:.0f} % of {engine_name(plain)}"
-
-
-def figures_table(engines: Sequence[Document]) -> dict[str, Any]:
-    """Everything else that is known of the engines' answers: `headings`, and `rows` of a name and cells.
-
-    Fields that are not known here are shown under their own names, those of objects with a point between.
-    """
-    judged = [(engine_name(row), dict(_flat(row["parity"]))) for row in engines if row["parity"] is not None]
-    found = dict.fromkeys(name for _, values in judged for name, value in values.items() if value is not None)
-    names = [name for name in FIGURES if name in found] + [name for name in found if name not in FIGURES]
-    return {
-        "headings": [FIGURES[name][0] if name in FIGURES else name.replace("_", " ") for name in names],
-        "rows": [(name, [_cell(field, values.get(field)) for field in names]) for name, values in judged],
-    }
-
-
-def _flat(parity: Document, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Numbers, words and intervals by name."""
-    for name, value in parity.items():
-        if not prefix and name in SHOWN_ELSEWHERE:
-            continue
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif not isinstance(value, list) or (len(value) == 2 and all(_is_number(each) for each in value)):
-            yield f"{prefix}{name}", value
-
-
-def _cell(field: str, value: Any) -> str:
-    if value is None:
-        return ""
-    unit = FIGURES[field][1] if field in FIGURES else ""
-    if isinstance(value, list):
-        write = per_cent if unit == "shares" else lambda each: f"{each:.3g}"
-        return " … ".join(write(each) for each in value)
-    if unit == "share":
-        return f"{per_cent(value)} %"
-    if unit == "dB":
-        return "exact" if value >= 300 else f"{value:.1f} dB"
-    if unit == "cosine":
-        return f"{value:.5f}"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if _is_number(value) else str(value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def per_cent(share: float | None, digits: int = 2) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 import edgewright
 from edgewright.gallery import thumbnail
+from edgewright.runtime.figures import further_figures
 from edgewright.runtime.gates import MaxDrop, judge
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.parity import compare
@@ -47,6 +48,8 @@ def engine(
         "reason": verdict.sentence,
         "audit": {"share_planned": 0.9, "share_actual": 0.9, "kernels": 9, "bytes_read": 1, "bytes_written": 1},
         "parity": parity.to_json(),
+        "gates": [finding.to_json() for finding in verdict.findings],
+        "figures": further_figures(reference, answers, labels, ("coat", "shirt")).to_json(),
         "latency_ms": None if target or p50 is None else Latency.of(samples, batch=1, threads=2).to_json(),
     }
 
@@ -61,6 +64,7 @@ def report_document(model: str = "a_network", label: str = "coat", **changes: An
         engine("tensorrt-rtx", "int8", lost=6, target="sm86"),
     ]
     missing = {"path": None, "bytes": None, "sha256": None, "audit": None, "parity": None, "latency_ms": None}
+    missing |= {"gates": [], "figures": None}
     skipped = {**engines[0], **missing, "backend": "tensorrt", "status": "skipped", "reason_code": "package_missing"}
     skipped |= {"precision": {"requested": "int8", "actual": {}}, "reason": "the package is not installed"}
     document = {
@@ -91,10 +95,11 @@ def report_document(model: str = "a_network", label: str = "coat", **changes: An
             },
             **{"system": "Linux", "python": "3.11", "versions": {"numpy": "2.0"}, "weights": HASH, "graph": HASH},
             "evaluation": {"name": "images", "identity": HASH, "images": IMAGES},
-            "options": {"budget": 0.02, "threads": 2},
+            "options": {"gates": {"max_drop": 0.02}, "budget": 0.02, "threads": 2},
         },
     }
-    return copy.deepcopy(document | changes)
+    plain: dict[str, Any] = json.loads(json.dumps(document | changes))
+    return plain
 
 
 def thumbnails() -> dict[int, str]:
