@@ -151,7 +151,8 @@ def _contestants(subject: Subject, stack: ExitStack) -> Iterator[Contestant]:
     torch.set_num_threads(THREADS)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in subject.module.state_dict().values()) / 1e6
     yield Contestant(PLAIN, _torch_answers(subject.module), weights)
-    yield Contestant("torch.compile", _torch_answers(torch.compile(subject.module)), weights)
+    torch.compiler.reset()  # or the code of the network before, of another size, would be compiled for any size
+    yield Contestant("torch.compile", _torch_answers(torch.compile(subject.module, dynamic=False)), weights)
     for backend, precision in (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
         if _runs_here(backend, precision):
             yield _engine(stack, backend, precision, subject.folded, ours=True)
