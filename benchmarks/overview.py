@@ -10,12 +10,13 @@ from __future__ import annotations
 import csv
 import functools
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -39,7 +40,7 @@ from edgewright.optimize.placement import placed
 from edgewright.optimize.work import planned_layers
 from edgewright.runtime.backends import BACKENDS, BuildRequest
 from edgewright.runtime.gates import MaxDrop, judge
-from edgewright.runtime.latency import interleaved_samples, paired_ratio
+from edgewright.runtime.latency import PairedRatio, interleaved_samples, paired_ratio
 from edgewright.runtime.parity import Parity, compare
 from edgewright.workspace import library_versions, machine
 
@@ -51,6 +52,7 @@ CALIBRATION_PHOTOGRAPHS = 256
 NOISE_IMAGES = 16
 
 Batch = NDArray[np.float32]
+Milliseconds = NDArray[np.float64]
 Answering = Callable[[Batch], Batch]
 
 
@@ -70,15 +72,16 @@ class Subject:
 class Contestant:
     """Something that runs a network.
 
-    * answers: logits `[N, classes]` of images `[N, C, H, W]`; ours: whether we would recommend it, if it is fast
+    * answers: logits `[N, classes]` of images `[N, C, H, W]`
     * megabytes: of its file or weights; seconds: of quantizing, None if nothing was quantized
+    * by: a "peer"; a "library" that runs the float graph as it is, which `edgewright engine` may recommend; or "us"
     """
 
     name: str
     answers: Answering
     megabytes: float
     seconds: float | None = None
-    ours: bool = False
+    by: Literal["peer", "library", "us"] = "peer"
 
 
 def measure() -> Iterator[Figure]:
@@ -97,14 +100,14 @@ def measure() -> Iterator[Figure]:
             parities = _parities(subject, contestants)
         medians = {name: float(np.median(taken)) for name, taken in samples.items()}
         best = _recommended(contestants, medians, parities)
-        rows = [_row(one, medians, parities[one.name], best) for one in contestants]
-        sections.append(_section(subject, rows))
-        others = [one.name for one in contestants if not one.ours]
+        others = [one.name for one in contestants if one.by != "us" and one.name != best]
         fastest = min(others, key=lambda name: medians[name])
+        ratios = {other: paired_ratio(samples[best], samples[other]) for other in (PLAIN, fastest)}
         for words, other in ((PLAIN, PLAIN), ("the fastest other", fastest)):
-            ratio = paired_ratio(samples[best], samples[other])
-            note = f"{best} against {other}, 95 % interval {ratio.low:.3f} … {ratio.high:.3f}"
-            yield Figure(f"{subject.name}: ours, share of {words}", ratio.median, "", note=note)
+            note = f"{best} against {other}, 95 % interval {_interval(ratios[other])}"
+            yield Figure(f"{subject.name}: ours, share of {words}", ratios[other].median, "", note=note)
+        rows = [_row(one, samples, parities[one.name], best) for one in contestants]
+        sections.append(_section(subject, rows, _conclusion(best, ratios)))
     PAGE.write_text(_page(sections))
 
 
@@ -155,7 +158,7 @@ def _contestants(subject: Subject, stack: ExitStack) -> Iterator[Contestant]:
     yield Contestant("torch.compile", _torch_answers(torch.compile(subject.module, dynamic=False)), weights)
     for backend, precision in (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16")):
         if _runs_here(backend, precision):
-            yield _engine(stack, backend, precision, subject.folded, ours=True)
+            yield _engine(stack, backend, precision, subject.folded, by="library" if precision == "fp32" else "us")
     yield from _by_nncf(subject)
     table = calibrated(subject.folded, subject.calibration)
     for backend in ("onnxruntime", "openvino"):
@@ -224,7 +227,7 @@ def _ours(stack: ExitStack, backend: str, subject: Subject, table: Any) -> Itera
     seconds = time.perf_counter() - began
     if climb.quantized.int8_layers:
         yield _engine(
-            stack, backend, "int8", climb.quantized.model, remainder=found.remainder, seconds=seconds, ours=True
+            stack, backend, "int8", climb.quantized.model, remainder=found.remainder, seconds=seconds, by="us"
         )
 
 
@@ -237,40 +240,55 @@ def _parities(subject: Subject, contestants: list[Contestant]) -> dict[str, Pari
 
 
 def _recommended(contestants: list[Contestant], medians: dict[str, float], parities: dict[str, Parity | None]) -> str:
-    """The fastest of ours that does not fail."""
+    """The fastest of those that `edgewright engine` offers and that does not fail."""
 
     def passes(name: str) -> bool:
         parity = parities[name]
         return parity is None or judge(parity, [MaxDrop(Aim().budget)]).word == "pass"
 
-    ours = [one.name for one in contestants if one.ours]
+    ours = [one.name for one in contestants if one.by != "peer"]
     return min([name for name in ours if passes(name)] or ours, key=lambda name: medians[name])
 
 
-def _row(one: Contestant, medians: dict[str, float], parity: Parity | None, best: str) -> str:
+def _row(one: Contestant, samples: dict[str, Milliseconds], parity: Parity | None, best: str) -> str:
     name = f"**{one.name}**, what `engine` recommends" if one.name == best else one.name
     top1, loss = "", ""
     if parity is not None and parity.top1 is not None:
         low, high = (100 * bound for bound in parity.loss_ci95)
         top1, loss = f"{100 * parity.top1:.2f}", f"{100 * parity.loss:.2f} ({low:.2f} … {high:.2f})"
-    share = medians[one.name] / medians[PLAIN]
+    time = np.median(samples[one.name])
+    share = paired_ratio(samples[one.name], samples[PLAIN]).median
     seconds = "" if one.seconds is None else f"{one.seconds:.0f}"
-    return f"| {name} | {top1} | {loss} | {medians[one.name]:.2f} | {share:.2f} | {one.megabytes:.1f} | {seconds} |"
+    return f"| {name} | {top1} | {loss} | {time:.2f} | {share:.2f} | {one.megabytes:.1f} | {seconds} |"
 
 
-def _section(subject: Subject, rows: list[str]) -> str:
+def _conclusion(best: str, ratios: dict[str, PairedRatio]) -> str:
+    shares = (f"{ratio.median:.2f} ({_interval(ratio)}) of the time of {other}" for other, ratio in ratios.items())
+    return f"{best} takes {', and '.join(shares)}.\n"
+
+
+def _interval(ratio: PairedRatio) -> str:
+    return f"{ratio.low:.3f} … {ratio.high:.3f}"
+
+
+def _section(subject: Subject, rows: list[str], conclusion: str) -> str:
     shape = " × ".join(str(side) for side in subject.judged.shape[1:])
     what = "random weights, timed only" if subject.labels is None else f"judged on {len(subject.judged):,} images"
-    heading = f"## {subject.name}\n\nInput {shape}, {what}, {len(subject.calibration)} images to calibrate with.\n\n"
+    heading = f"## {subject.name}\n\nInput {shape}, {what}, {len(subject.calibration):,} images to calibrate with.\n\n"
     columns = ("", "top-1, %", "loss, points (95 %)", "ms", "of PyTorch", "MB", "quantized in, s")
-    return heading + "\n".join((f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *rows)) + "\n"
+    table = "\n".join((f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *rows))
+    return f"{heading}{table}\n\n{conclusion}"
 
 
 def _page(sections: list[str]) -> str:
     versions = library_versions("torch", "onnxruntime", "openvino", "numpy")
-    return (
-        "# Benchmarks\n\nWritten by `make bench` (`benchmarks/overview.py`); nothing here is typed by hand. Engines of "
-        "one network took turns in one process, batch 1, "
-        f"{THREADS} threads; ms is the median. No GPU took part. Time, size and latency are this machine's: "
-        f"{machine()}; {versions}.\n\n" + "\n".join(sections)
+    paragraphs = (
+        "Written by `make bench` (`benchmarks/overview.py`); nothing is typed by hand. Engines of one network took "
+        f"turns in one process at batch 1 with {THREADS} threads, and were judged as they were timed, one image at a "
+        f"time. No GPU took part. Time, size and latency are this machine's: {machine()}; {versions}.",
+        "`ms` is the median of the runs, `of PyTorch` the median of the ratios within the turns, and so is what is "
+        "said below a table, with its 95 % interval. Loss is PyTorch's top-1 less the engine's, with its 95 % "
+        "interval. onnxruntime and OpenVINO in FP32 run the folded graph; INT8 and BF16 are ours but for NNCF's.",
     )
+    text = "\n\n".join(textwrap.fill(each, 120, break_on_hyphens=False) for each in paragraphs)
+    return f"# Benchmarks\n\n{text}\n\n" + "\n".join(sections)
