@@ -48,7 +48,7 @@ lint: $(TEST_STAMP)  ## Style, types and the direction of imports.
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-bench: $(TEST_STAMP)  ## The figures in one run; writes docs/benchmarks.md. Half an hour.
+bench: $(TEST_STAMP)  ## The figures, in one run; writes docs/benchmarks.md.
 	$(VENV)/bin/python benchmarks/run.py $(ARGS)
 
 zoo: $(TEST_STAMP)  ## Every network; writes docs/zoo.md. More than an hour.
