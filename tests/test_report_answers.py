@@ -37,7 +37,7 @@ def test_the_class_that_loses_most_and_the_confidences() -> None:
     assert cells["Class that loses most"] == "coat"
     assert cells["Its accuracy, %"] == "95.00 → 94.65"  # of 2,000: 1,900 and 1,893
     assert cells["Its loss, points [95 %]"].startswith("0.35 [")
-    # logits 2 : 0 give a confidence of 0.8808, of 1,900 / 2,000 right: 0.95 − 0.8808. The engine's 1.9 : 0.1 give 0.8581,
+    # logits 2 : 0 give a confidence of 0.8808, 1,900 of 2,000 right: 0.95 − 0.8808; the engine's 1.9 : 0.1 give 0.8581,
     # 1,888 of 1,983 right, and 1 : 0 give 0.7311, 5 of 17: (1,888 − 1,701.66 + 12.43 − 5) / 2,000
     assert cells["Calibration error, %"] == "6.92 → 9.69"
     assert (cells["Crosses 0.5, %"], cells["Crosses 0.9, %"]) == ("0.00", "0.00")

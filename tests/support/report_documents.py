@@ -63,7 +63,14 @@ def report_document(model: str = "a_network", label: str = "coat", **changes: An
         engine("openvino", "int8", lost=12, gained=5, p50=1.2),
         engine("tensorrt-rtx", "int8", lost=6, target="sm86"),
     ]
-    missing = {"path": None, "bytes": None, "sha256": None, "audit": None, "parity": None, "latency_ms": None}
+    missing: dict[str, Any] = {
+        "path": None,
+        "bytes": None,
+        "sha256": None,
+        "audit": None,
+        "parity": None,
+        "latency_ms": None,
+    }
     missing |= {"gates": [], "figures": None}
     skipped = {**engines[0], **missing, "backend": "tensorrt", "status": "skipped", "reason_code": "package_missing"}
     skipped |= {"precision": {"requested": "int8", "actual": {}}, "reason": "the package is not installed"}
