@@ -48,6 +48,11 @@ def test_without_labels_only_confidences_are_left() -> None:
     assert table["headings"] == ["Crosses 0.5, %", "Crosses 0.9, %"]
 
 
+def test_where_no_class_loses_none_is_named() -> None:
+    cells = classes_table([engine("openvino", "fp32", lost=0, gained=2)])["rows"][0][1]
+    assert cells[:3] == ["none", "", ""]
+
+
 def test_a_class_without_a_name_has_a_number() -> None:
     row = engine("openvino", "int8", lost=12)
     row["figures"]["worst_class"]["label"] = ""

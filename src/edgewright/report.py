@@ -287,7 +287,11 @@ def _loss(row: EngineRow) -> str:
     if row.parity is None:
         return ""
     low, high = row.parity.loss_ci95
-    return f"{100 * row.parity.loss:.2f} [{100 * low:.2f}, {100 * high:.2f}]"
+    return f"{_points(row.parity.loss)} [{_points(low)}, {_points(high)}]"
+
+
+def _points(share: float) -> str:
+    return f"{round(100 * share, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
 
 
 def _latency(row: EngineRow) -> str:

@@ -80,8 +80,8 @@ def gate_rows(row: Row | None) -> list[tuple[str, str]]:
 
 def _of_classes(figures: Row) -> Iterator[str]:
     worst, error = figures["worst_class"], figures["calibration_error"]
-    if worst is None:
-        yield from ("", "", "")
+    if worst is None or worst["right"] >= worst["reference_right"]:
+        yield from ("" if worst is None else "none", "", "")
     else:
         before, after = worst["reference_right"] / worst["images"], worst["right"] / worst["images"]
         low, high = worst["loss_ci95"]
