@@ -33,20 +33,41 @@ def stage(name: str, **facts: Any) -> StageRun:
         (stage("calibrate", **CALIBRATED), "calibrate 6.1 s 15.3 MB 96 images, 240 activations"),
         (
             StageRun("fold", 0.01, False, "", ("graph", "fold code"), FOLDED, 2_000_000),
-            "fold 0.0 s 2.0 MB 49 batch norms folded, differs by 4e-07 changed: graph, fold code",
+            "fold 0.0 s 2.0 MB 49 batch norms, error 4e-07 changed: graph, fold code",
+        ),
+        (stage("place cpu", left_out={"a": "slower"}, layers=5), "place cpu 6.1 s 15.3 MB INT8 pays in 4 of 5 layers"),
+        (stage("gallery", changed=1200), "gallery 6.1 s 15.3 MB 1,200 answers changed"),
+        (
+            stage("build openvino int8", actual={"int8": 45, "fp32": 37}, share=0.963),
+            "build openvino int8 6.1 s 15.3 MB 45 × int8, 37 × fp32 (96 %)",
+        ),
+        (
+            stage("cast fp16", casts=2, nodes=82, fp32=[{"node": "head", "reason": "overflow"}]),
+            "cast fp16 6.1 s 15.3 MB 2 casts, 1 of 82 nodes in fp32",
         ),
         (
             stage("quantize cpu", int8_layers=4, layers=5, rungs=RUNGS, left_out={}),
-            "quantize cpu 6.1 s 15.3 MB 4 of 5 layers to INT8: ranges, AdaRound",
+            "quantize cpu 6.1 s 15.3 MB 4 of 5 layers INT8: ranges, AdaRound",
         ),
         (
             stage("quantize rtx", int8_layers=0, layers=5, rungs=RUNGS[:1], left_out={}),
-            "quantize rtx 6.1 s 15.3 MB 0 of 5 layers to INT8",
+            "quantize rtx 6.1 s 15.3 MB 0 of 5 layers INT8",
         ),
     ],
 )
 def test_the_line_of_a_stage(run: StageRun, words: str) -> None:
     assert " ".join(stage_line(run).split()) == words
+
+
+def test_what_the_main_network_s_stages_say_fits_80_columns() -> None:
+    runs = (
+        stage("build tensorrt-rtx int8 sm86", actual={"fp16": 66, "int8": 16}, share=0.39),
+        stage("quantize openvino", int8_layers=45, layers=82, rungs=RUNGS[:1], left_out={}),
+        stage("calibrate", images=768, tensors=240, notes=[]),
+        stage("cast fp16", casts=2, nodes=82, fp32=[{"node": "head", "reason": "overflow"}]),
+        stage("place openvino", left_out=dict.fromkeys("abcde"), layers=50),
+    )
+    assert max(len(stage_line(run)) for run in runs) <= 80
 
 
 def test_a_long_name_keeps_its_columns_apart() -> None:

@@ -5,6 +5,7 @@ All of it goes to stderr; stdout is for results.
 
 from __future__ import annotations
 
+import textwrap
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = ["ConsoleObserver", "Detail", "print_audit", "print_listing", "print_o
 
 SECONDS_BEFORE_BAR = 2.0
 LABEL_WIDTH = 29  # columns
+INDENT = 2  # columns
 WIDEST_TABLE = 200  # columns; wider than any figures can make it
 
 
@@ -40,7 +42,7 @@ class ConsoleObserver(Observer):
 
     def __init__(self, detail: Detail = "usual", label_width: int = LABEL_WIDTH) -> None:
         self._detail, self._label_width = detail, label_width
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False)
         self._bar: _DelayedBar | None = None
 
     def __enter__(self) -> ConsoleObserver:
@@ -70,10 +72,9 @@ class ConsoleObserver(Observer):
         """Replaces the bar by a line."""
         self._remove_bar()
         if self._detail != "quiet":
-            self._console.print(stage_line(run), markup=False)
+            _print_lines(self._console, [stage_line(run)])
         if self._detail == "verbose":
-            for sentence in stage_details(run):
-                self._console.print(f"      {sentence}", markup=False, style="dim")
+            _print_lines(self._console, [f"      {sentence}" for sentence in stage_details(run)], style="dim")
 
     def _remove_bar(self) -> None:
         if self._bar is not None:
@@ -120,8 +121,7 @@ def print_outcome(outcome: Outcome, folder: Path, detail: Detail = "usual") -> N
     """The table, the remarks, the numbers behind the verdict, and its line, on stdout; `detail` "quiet": only that."""
     if detail != "quiet":
         _print_table(outcome)
-    plain = Console(highlight=False, soft_wrap=True)
-    plain.print(verdict_line(outcome, str(folder)), markup=False, style="bold")
+    _print_lines(Console(highlight=False), [verdict_line(outcome, str(folder))], style="bold")
 
 
 def _print_table(outcome: Outcome) -> None:
@@ -131,9 +131,7 @@ def _print_table(outcome: Outcome) -> None:
     console.width = max(console.width, wanted)  # a narrow terminal wraps the lines; figures are never cut off
     console.print(table)
     console.print()
-    plain = Console(highlight=False, soft_wrap=True)
-    for line in (*remarks(outcome), *outcome_evidence(outcome)):
-        plain.print(line, markup=False)
+    _print_lines(Console(highlight=False), [*remarks(outcome), *outcome_evidence(outcome)])
 
 
 def print_audit(table: Table, line: str) -> None:
@@ -141,7 +139,7 @@ def print_audit(table: Table, line: str) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print()
-    Console(highlight=False, soft_wrap=True).print(line, markup=False, style="bold")
+    _print_lines(Console(highlight=False), [line], style="bold")
 
 
 def print_listing(table_within: Callable[[int], Table], lines: Iterable[str]) -> None:
@@ -149,6 +147,18 @@ def print_listing(table_within: Callable[[int], Table], lines: Iterable[str]) ->
     console = Console(highlight=False)
     console.print(table_within(console.width))
     console.print()
-    plain = Console(highlight=False, soft_wrap=True)
+    _print_lines(Console(highlight=False), lines)
+
+
+def _print_lines(console: Console, lines: Iterable[str], style: str | None = None) -> None:
+    """Wrapped between words on a terminal, with what follows indented; in a log and in a pipe a line stays one."""
     for line in lines:
-        plain.print(line, markup=False)
+        within = _wrapped(line, console.width) if console.is_terminal else [line]
+        for part in within:
+            console.print(part, markup=False, soft_wrap=True, style=style)
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    indent = " " * (len(line) - len(line.lstrip()) + INDENT)
+    found = textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return found or [line]

@@ -51,24 +51,26 @@ def _summary(run: StageRun) -> str:
     facts: Mapping[str, Any] = run.facts
     if run.name == "fold":
         left = f", {len(facts['skipped'])} left" if facts["skipped"] else ""
-        return f"{facts['folded']} batch norms folded{left}, differs by {facts['difference']:.0e}"
+        return f"{facts['folded']} batch norms{left}, error {facts['difference']:.0e}"
     if run.name == "calibrate":
         return f"{facts['images']} images, {facts['tensors']} activations"
     if run.name == "cast fp16":
-        kept = f", {len(facts['fp32'])} of {facts['nodes']} nodes stay fp32" if facts["fp32"] else ""
+        kept = f", {len(facts['fp32'])} of {facts['nodes']} nodes in fp32" if facts["fp32"] else ""
         return f"{facts['casts']} casts{kept}"
     if run.name == "gallery":
-        return f"{facts['changed']} images are answered otherwise"
+        return f"{facts['changed']:,} answers changed"
     if run.name == "report":
         return "report.html, report.md"
     if run.name.startswith("place"):
-        return f"INT8 does not pay in {len(facts['left_out'])} of {facts['layers']} layers" if facts["left_out"] else ""
+        if not facts["left_out"]:
+            return ""
+        return f"INT8 pays in {facts['layers'] - len(facts['left_out'])} of {facts['layers']} layers"
     if run.name.startswith("quantize"):
         taken = ", ".join(rung["name"] for rung in facts["rungs"] if rung["taken"])
-        return f"{facts['int8_layers']} of {facts['layers']} layers to INT8" + (
+        return f"{facts['int8_layers']} of {facts['layers']} layers INT8" + (
             f": {taken}" if facts["int8_layers"] else ""
         )
     if run.name.startswith("build"):
         counts = ", ".join(f"{count} × {precision}" for precision, count in facts["actual"].items())
-        return counts if facts["share"] > 0.995 else f"{counts} ({100 * facts['share']:.0f} % of the work)"
+        return counts if facts["share"] > 0.995 else f"{counts} ({100 * facts['share']:.0f} %)"
     return ""
