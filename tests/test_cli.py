@@ -263,8 +263,8 @@ def test_stages_say_what_they_gave(linear: Tiny) -> None:
     given = [re.sub(r"[0-9.]+ [kM]B", "MB", line) for line in linear("engine").err.splitlines()]
     lines = {line.split("  ")[1]: " ".join(line.split()) for line in given}
     for stage, note in (
-        ("quantize cpu", "4 of 6 layers to INT8: ranges"),
-        ("quantize rtx", "1 of 6 layers to INT8: ranges"),
+        ("quantize cpu", "4 of 6 layers INT8: ranges"),
+        ("quantize rtx", "1 of 6 layers INT8: ranges"),
         ("cast fp16", "2 casts"),
         ("build tensorrt-rtx fp16 sm86", "6 × fp16"),
         ("build tensorrt-rtx int8 sm86", "5 × fp16, 1 × int8 (31 %)"),
