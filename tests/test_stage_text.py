@@ -35,6 +35,7 @@ def stage(name: str, **facts: Any) -> StageRun:
             StageRun("fold", 0.01, False, "", ("graph", "fold code"), FOLDED, 2_000_000),
             "fold 0.0 s 2.0 MB 49 batch norms, error 4e-07 changed: graph, fold code",
         ),
+        (stage("fold", folded=0, skipped=[], difference=0.0), "fold 6.1 s 15.3 MB no batch norm folded"),
         (stage("place cpu", left_out={"a": "slower"}, layers=5), "place cpu 6.1 s 15.3 MB INT8 pays in 4 of 5 layers"),
         (stage("gallery", changed=1200), "gallery 6.1 s 15.3 MB 1,200 answers changed"),
         (
@@ -85,6 +86,12 @@ def test_the_details_of_folding_are_what_was_left() -> None:
 def test_the_details_of_casting_are_what_stays() -> None:
     found = list(stage_details(stage("cast fp16", casts=2, nodes=9, fp32=[{"node": "head", "reason": "overflow"}])))
     assert found == ["stays fp32: head: overflow"]
+
+
+def test_a_rung_without_a_note_and_without_an_error() -> None:
+    rung = {"name": "ranges", "taken": True, "note": "", "seconds": 0.01, "sqnr_db": 300.0}
+    run = stage("quantize rtx", int8_layers=0, layers=5, rungs=[rung], left_out={})
+    assert list(stage_details(run)) == ["ranges: exact, 0.0 s"]
 
 
 def test_the_details_of_quantizing_are_all_rungs_and_what_stays_float() -> None:

@@ -40,8 +40,9 @@ def test_beyond_the_budget_it_says_the_verdict_and_the_numbers() -> None:
 
 
 def test_too_few_images_fail_unless_they_may() -> None:
-    with pytest.raises(AssertionError, match=r"INCONCLUSIVE: about .* images would decide a budget of 0\.5"):
+    with pytest.raises(AssertionError, match=r"INCONCLUSIVE: about .* images would decide a budget of 0\.5") as failed:
         assert_parity(losing(0)[:100], losing(0)[:100], LABELS[:100])
+    assert "  worst class  none loses" in str(failed.value).splitlines()
     assert assert_parity(losing(0)[:100], losing(0)[:100], LABELS[:100], allow_inconclusive=True).delta == 0
     with pytest.raises(AssertionError, match="FAIL"):
         assert_parity(losing(0), losing(900), LABELS, allow_inconclusive=True)

@@ -257,7 +257,7 @@ def _slower(rows: Sequence[EngineRow]) -> list[str]:
             if row.precision != "fp32" and row.latency.p50 > SLOWER * plain.latency.p50:
                 lines.append(
                     f"{row.backend} {row.precision} is slower than {wider} here: "
-                    f"{row.latency.p50:.2f} against {plain.latency.p50:.2f} ms at batch 1"
+                    f"{row.latency.p50:.3g} against {plain.latency.p50:.3g} ms at batch 1"
                 )
         half = by_name.get((row.backend, row.target, "fp16"))
         ours, theirs = row.traffic, half.traffic if half is not None else None

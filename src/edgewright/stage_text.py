@@ -11,6 +11,7 @@ __all__ = ["stage_details", "stage_line"]
 
 NAME_WIDTH, SECONDS_WIDTH, BYTES_WIDTH = 29, 7, 8  # columns
 KILOBYTE, MEGABYTE = 1e3, 1e6
+EXACT_DB = 300.0  # what stands for no error at all
 
 
 def stage_line(run: StageRun) -> str:
@@ -34,7 +35,9 @@ def stage_details(run: StageRun) -> Iterator[str]:
     if run.name.startswith("quantize"):
         for rung in facts["rungs"]:
             taken = "" if rung["taken"] else ", not taken"
-            yield f"{rung['name']}{taken}: {rung['note']}, {rung['sqnr_db']:.1f} dB, {rung['seconds']:.1f} s"
+            sqnr = "exact" if rung["sqnr_db"] >= EXACT_DB else f"{rung['sqnr_db']:.1f} dB"
+            said = ", ".join(part for part in (rung["note"], sqnr, f"{rung['seconds']:.1f} s") if part)
+            yield f"{rung['name']}{taken}: {said}"
         yield from facts.get("notes", ())[1:]  # the first says of the rungs what their own lines say
         return
     for name, reason in facts.get("left_out", {}).items():
@@ -51,6 +54,8 @@ def _summary(run: StageRun) -> str:
     facts: Mapping[str, Any] = run.facts
     if run.name == "fold":
         left = f", {len(facts['skipped'])} left" if facts["skipped"] else ""
+        if not facts["folded"]:
+            return f"no batch norm folded{left}"
         return f"{facts['folded']} batch norms{left}, error {facts['difference']:.0e}"
     if run.name == "calibrate":
         return f"{facts['images']} images, {facts['tensors']} activations"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from edgewright.outcome import Outcome
-from edgewright.runtime.figures import ConfusionChange, Figures
+from edgewright.runtime.figures import ClassLoss, ConfusionChange, Figures
 from edgewright.runtime.parity import Parity
 
 __all__ = ["evidence_lines", "outcome_evidence", "verdict_line"]
@@ -63,16 +63,20 @@ def _logits(parity: Parity) -> Iterator[tuple[str, str]]:
 def _further(figures: Figures) -> Iterator[tuple[str, str]]:
     worst, error = figures.worst_class, figures.calibration_error
     if worst is not None:
-        low, high = (100 * bound for bound in worst.loss_ci95)
-        accuracy = _change(worst.reference_right / worst.images, worst.right / worst.images)
-        counts = f"{accuracy} of {worst.images:,} images, loss [{low:.1f}, {high:.1f}]"
-        yield "worst class", f"{_class_name(worst.label, worst.index)}: {counts}"
+        yield "worst class", _worst_class(worst) if worst.right < worst.reference_right else "none loses"
     if error is not None:
         yield "calibration", f"expected error {_change(error.reference, error.engine)}"
     crossings = [f"{each.threshold:g} on {100 * (each.rose + each.fell):.2f} %" for each in figures.crossings]
     yield "confidence", f"crosses {', '.join(crossings)} of the images"
     if figures.confusion_changes:
         yield "confusion", _that_fit([_cell(change) for change in figures.confusion_changes])
+
+
+def _worst_class(worst: ClassLoss) -> str:
+    low, high = (100 * bound for bound in worst.loss_ci95)
+    accuracy = _change(worst.reference_right / worst.images, worst.right / worst.images)
+    counts = f"{accuracy} of {worst.images:,} images, loss [{low:.1f}, {high:.1f}]"
+    return f"{_class_name(worst.label, worst.index)}: {counts}"
 
 
 def _change(before: float | None, after: float | None) -> str:
