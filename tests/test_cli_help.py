@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from edgewright.cli import cli
-from edgewright.cli_help import EXAMPLES, commands_of
+from edgewright.cli_help import EXAMPLES, SHORT, commands_of
 
 COMMANDS = dict(commands_of(cli))
 WIDTH = 80
@@ -38,6 +38,18 @@ def test_the_help_ends_with_the_example_and_fits(words: str) -> None:
     lines = result.output.rstrip().splitlines()
     assert (lines[-2].strip(), lines[-1].strip()) == ("Example:", EXAMPLES[words])
     assert max(map(len, lines)) <= WIDTH
+
+
+@pytest.mark.parametrize("group", ["", "calibration"])
+def test_the_list_of_commands_cuts_no_sentence_off(group: str) -> None:
+    result = CliRunner().invoke(cli, [*group.split(), "--help"], terminal_width=WIDTH)
+    assert result.exit_code == 0
+    assert "..." not in result.output.replace("[ARGS]...", "")
+    assert max(map(len, result.output.splitlines())) <= WIDTH
+
+
+def test_short_sentences_are_of_commands_that_need_them() -> None:
+    assert SHORT.keys() <= COMMANDS.keys()
 
 
 def test_an_option_that_does_not_exist_would_be_noticed() -> None:

@@ -163,7 +163,9 @@ def test_engines_that_only_one_build_has(tmp_path: Path, command: Command) -> No
 def test_what_is_no_report_is_refused(tmp_path: Path, command: Command, content: str) -> None:
     good = build(tmp_path / "a", 100, lost=0)
     (tmp_path / "b.json").write_text(content)
-    assert "b.json" in command("compare", good, tmp_path / "b.json").error
+    refused = command("compare", good, tmp_path / "b.json").error
+    assert "b.json" in refused
+    assert "give a build folder" in refused
     assert "does not exist" in command("compare", good, tmp_path / "nothing").error
 
 
@@ -180,10 +182,25 @@ def test_the_table_fits_80_columns(tmp_path: Path, command: Command, monkeypatch
     monkeypatch.setenv("COLUMNS", "80")
     first, second = build(tmp_path / "a", 100, lost=0), build(tmp_path / "b", 112, lost=12, model="another")
     lines = command("compare", first, second).out.splitlines()
-    assert max(map(len, lines[:3])) <= 80
-    assert "openvino int8 95.00→94.40 0.60 [" in " ".join(lines[2].split())
+    assert max(map(len, lines[:4])) <= 80
+    assert " ".join(lines[2].split()).startswith("openvino int8 A 95.00 ")
+    assert lines[3].split()[:2] == ["B", "94.40"]
     assert "differs: model: a_network → another" in lines
     assert lines[-1].startswith("REGRESSION: openvino int8 loses at least ")
+
+
+def test_nothing_is_cut_off_where_everything_differs(
+    tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for folder, lost, p50, size in (("a", 0, 0.0542, 102_400_000), ("b", 1234, 123.4, 6_258_503)):
+        row = engine("tensorrt-rtx", "int8", lost=lost, target="sm120") | {"bytes": size}
+        row["latency_ms"] = engine("openvino", "int8", lost=0, p50=p50)["latency_ms"]
+        (tmp_path / f"{folder}.json").write_text(json.dumps(document(row)))
+    lines = command("compare", tmp_path / "a.json", tmp_path / "b.json").out.splitlines()
+    assert max(map(len, lines[:4])) <= 80
+    assert not any("…" in line for line in lines[:4])
+    assert lines[2].split()[:4] == ["tensorrt-rtx", "int8", "sm120", "A"]
 
 
 def test_gates_and_other_options_differ_in_words(tmp_path: Path, command: Command) -> None:

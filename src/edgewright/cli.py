@@ -23,7 +23,7 @@ from edgewright.cli_bundle import keygen, pack, unpack
 from edgewright.cli_calibration import calibration
 from edgewright.cli_device import build_engines, doctor_lines, or_bundle, verify_engines
 from edgewright.cli_explain import blame, explain
-from edgewright.cli_help import add_examples, completion
+from edgewright.cli_help import add_help, completion
 from edgewright.cli_inspect import audit, inspect, models
 from edgewright.cli_options import (
     DEFAULT_MODEL,
@@ -298,7 +298,7 @@ def run(
             click.echo(f"  {100 * prediction.probability:6.2f} %  {prediction.label}")
 
 
-add_examples(cli)
+add_help(cli)
 
 
 def main() -> None:

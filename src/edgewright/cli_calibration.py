@@ -24,7 +24,7 @@ PROBLEM_FOUND = 3
 
 @click.group()
 def calibration() -> None:
-    """Looks at calibration images."""
+    """Look at calibration images before they are used."""
 
 
 @calibration.command()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import click
 
-__all__ = ["EXAMPLES", "add_examples", "commands_of", "completion"]
+__all__ = ["EXAMPLES", "SHORT", "add_help", "commands_of", "completion"]
 
 COMPLETE_VARIABLE = "_EDGEWRIGHT_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
@@ -38,6 +38,23 @@ EXAMPLES: dict[str, str] = {
 }
 """By the command's words."""
 
+SHORT: dict[str, str] = {
+    "audit": "What an engine file really runs, kernel by kernel.",
+    "bench": "How fast an engine is here, in the words of trtexec.",
+    "blame": "Which step from PyTorch to INT8 loses the accuracy.",
+    "compare": "Hold one build against another: is it worse?",
+    "engine": "Everything, from the network to proven engines.",
+    "inspect": "What a network is made of, layer by layer.",
+    "keygen": "Make a pair of keys to sign bundles with.",
+    "models": "List the networks, and where their weights come from.",
+    "pack": "Everything that engine does, and a bundle for devices.",
+    "quantize": "Write the FP16 graph and the INT8 graphs.",
+    "report": "Make the report of a finished build again.",
+    "unpack": "Check a bundle of one file, and unpack it.",
+    "verify": "Compare every engine with PyTorch, or with the bundle.",
+}
+"""In the list of commands, where the first sentence of the help is too long for a line of 80 columns."""
+
 
 @click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
@@ -64,7 +81,8 @@ def commands_of(group: click.Group, words: str = "") -> Iterator[tuple[str, clic
             yield f"{words}{name}", command
 
 
-def add_examples(group: click.Group) -> None:
-    """Below the help of every command."""
+def add_help(group: click.Group) -> None:
+    """Below the help of every command; and a short sentence for the list of commands."""
     for words, command in commands_of(group):
+        command.short_help = SHORT.get(words)
         command.epilog = f"\b\nExample:\n  {EXAMPLES[words]}"

@@ -67,18 +67,20 @@ def _numbers(row: Any) -> dict[str, Any] | None:
 
 
 def compare_table(found: Comparison) -> Table:
-    """A row per engine with both values of each figure; fits 80 columns."""
+    """A row per engine, with both values of a figure below each other where they differ; fits 80 columns."""
     from rich.box import Box
     from rich.table import Table
 
     head_rule = Box("    \n    \n ── \n    \n    \n    \n    \n    \n")  # one space between columns
     table = Table(box=head_rule, show_edge=False, pad_edge=False, padding=0)
     table.add_column("engine", no_wrap=True)
+    table.add_column("", no_wrap=True)
     labelled = found.first.document["reference"]["labelled"]
-    for heading in ("top-1" if labelled else "agree", "loss of B [95 %]", "SQNR dB", "ms", "MB"):
+    for heading in ("top-1" if labelled else "agree", "SQNR dB", "ms", "MB", "loss of B [95 %]"):
         table.add_column(heading, justify="right", no_wrap=True)
     for pair in found.engines:
-        table.add_row(pair.name, *_cells(pair))
+        cells = list(_cells(pair))
+        table.add_row(pair.name, "A\nB" if any("\n" in cell for cell in cells) else "", *cells)
     return table
 
 
@@ -86,20 +88,20 @@ def _cells(pair: EnginePair) -> Iterator[str]:
     first, second = _numbers(pair.first) or {}, _numbers(pair.second) or {}
     share = "top1" if (first or second).get("top1") is not None else "agreement"
     yield _both(per_cent(first.get(share)), per_cent(second.get(share)))
-    change = pair.accuracy
-    yield "" if change is None else f"{points(change.loss)} [{points(change.low)}, {points(change.high)}]"
     yield _both(_decibels(first.get("sqnr_db")), _decibels(second.get("sqnr_db")))
     yield _both(milliseconds(first.get("p50")), milliseconds(second.get("p50")))
     yield _both(megabytes(first.get("bytes")), megabytes(second.get("bytes")))
+    change = pair.accuracy
+    yield "" if change is None else f"{points(change.loss)} [{points(change.low)}, {points(change.high)}]"
 
 
 def _both(value: str, other: str) -> str:
     """One value where it is the same."""
-    return value if value == other else f"{value or '–'}→{other or '–'}"
+    return value if value == other else f"{value or '–'}\n{other or '–'}"
 
 
 def _decibels(value: float | None) -> str:
-    return "" if value is None else "exact" if value >= 300 else f"{value:.0f}"
+    return "" if value is None else "exact" if value >= 300 else f"{value:.1f}"
 
 
 def compare_lines(found: Comparison) -> Iterator[str]:

@@ -30,6 +30,7 @@ PAGE_CODE = (
     *(f"templates/report.{kind}" for kind in ("html.j2", "css")),
 )
 SCHEMA = "edgewright.engine/1"
+REMEDY = "give a build folder of edgewright engine, or its report.json"
 NEEDED = ("model", "verdict", "recommended", "reference", "engines")
 
 
@@ -95,10 +96,13 @@ def _explained(*paths: Path) -> Iterator[None]:
 def read_report(path: Path) -> dict[str, Any]:
     """The document of a build folder, or of a `report.json` itself. Raises `WorkspaceError` if it is none."""
     file = path / REPORT_FILE if path.is_dir() else path
-    document = read_json(file)
+    try:
+        document = read_json(file)
+    except WorkspaceError as error:
+        raise WorkspaceError(error.message, REMEDY) from error
     missing = [name for name in NEEDED if not isinstance(document, dict) or name not in document]
     if missing or document.get("schema") != SCHEMA:
-        raise WorkspaceError(f"{file} is no document {SCHEMA}", "give a build folder of edgewright engine")
+        raise WorkspaceError(f"{file} is no document {SCHEMA}", REMEDY)
     return dict(document)
 
 
