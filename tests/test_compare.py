@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from command import Command
-from edgewright.compare import Build, Comparison, EnginePair, compare_builds
+from edgewright.compare import Comparison, EnginePair, compare_builds
+from edgewright.compare_engines import Build
+from edgewright.compare_report import compare_table
 from edgewright.runtime.intervals import newcombe_paired_interval
 from report_documents import HASH, IMAGES, engine, report_document
 
@@ -142,6 +144,118 @@ def test_a_machine_that_changed_is_seen_in_an_engine_that_did_not() -> None:
     assert compared(first, second).regressions == ()
 
 
+def with_version(build: dict[str, Any], **versions: str) -> dict[str, Any]:
+    return build | {"provenance": build["provenance"] | {"versions": versions}}
+
+
+def test_the_same_file_under_another_library_is_another_engine() -> None:
+    first, second = with_version(timed(2.0), openvino="1.0"), with_version(timed(2.4), openvino="2.0")
+    assert compared(first, second).regressions == ("openvino int8 takes 1.20 times as long as in A",)
+    assert compared(first, with_version(timed(2.4), openvino="1.0", numpy="2.0")).regressions == ()
+
+
+def test_a_machine_that_became_faster_excuses_nothing() -> None:
+    """The same file takes half the time; an engine that is slower all the same is slower."""
+    first, second = timed(2.0), timed(2.4, sha256="cd" * 32)
+    for build, p50 in ((first, 1.0), (second, 0.5)):
+        plain = engine("openvino", "fp32", lost=0)
+        plain["latency_ms"] |= {"p50": p50, "p50_ci95": [p50, p50]}
+        build["engines"].append(plain)
+    assert compared(first, second).regressions == ("openvino int8 takes 1.20 times as long as in A",)
+
+
+def failed(row: dict[str, Any], status: str = "failed") -> dict[str, Any]:
+    nothing = dict.fromkeys(("parity", "latency_ms", "path", "bytes", "sha256"))
+    return row | nothing | {"status": status, "reason": "the build stopped", "reason_code": "build_failed"}
+
+
+def test_an_engine_that_passed_and_fails_now_is_worse() -> None:
+    first, second = report_document(), report_document()
+    second["engines"][1] = failed(second["engines"][1])
+    found = compared(first, second)
+    assert found.regressions == ("onnxruntime int8 is verified in A and failed in B",)
+    assert compared(second, first).regressions == ()
+
+
+def test_an_engine_over_the_same_budget_is_worse() -> None:
+    first, second = report_document(), report_document()
+    second["engines"][1] |= {"status": "over_budget", "reason": "FAIL: loses much"}
+    assert compared(first, second).regressions == ("onnxruntime int8 is verified in A and over budget in B",)
+    second["provenance"]["options"]["gates"] = {"max_drop": 0.0001}
+    found = compared(first, second)
+    assert found.regressions == ()
+    assert "onnxruntime int8 is verified in A and over budget in B: FAIL: loses much" in found.notes
+
+
+@pytest.mark.parametrize("status", ["skipped", "undecided"])
+def test_an_engine_that_was_not_decided_again_is_told(status: str) -> None:
+    first, second = report_document(), report_document()
+    row = second["engines"][1]
+    second["engines"][1] = failed(row, "skipped") if status == "skipped" else row | {"status": status}
+    found = compared(first, second)
+    assert found.regressions == ()
+    assert any(note.startswith(f"onnxruntime int8 is verified in A and {status} in B: ") for note in found.notes)
+
+
+def test_where_everything_failed_b_is_worse(tmp_path: Path, command: Command) -> None:
+    second = report_document(verdict="fail", recommended=None)
+    second["engines"] = [failed(row) for row in second["engines"]]
+    for name, content in (("a", report_document()), ("b", second)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    done = command("compare", tmp_path / "a.json", tmp_path / "b.json", "--json")
+    assert done.code == 3
+    assert done.document["regressions"][0] == "no engine of B passes, one of A does"
+    assert done.document["engines"][0]["b"]["status"] == "failed"
+    assert command("compare", tmp_path / "a.json", tmp_path / "b.json").code == 3
+
+
+def unlabelled(build: dict[str, Any]) -> dict[str, Any]:
+    build["reference"] |= {"top1": None, "top5": None, "labelled": False}
+    for row in build["engines"]:
+        if row["parity"]:
+            row["parity"] |= dict.fromkeys(("reference_top1", "reference_top5", "top1", "top5", "delta", "pairs"))
+            row["parity"]["labelled"] = False
+    return build
+
+
+def test_what_nobody_can_compare_is_said(tmp_path: Path, command: Command) -> None:
+    other = report_document()["provenance"] | {"machine": "another"}
+    for name, content in (("a", unlabelled(report_document())), ("b", report_document(provenance=other))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    done = command("compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert done.code == 1
+    for words in ("nothing of A and B can be compared", "A was judged without labels", "on different machines"):
+        assert words in done.err
+
+
+def test_agreement_is_shown_where_one_of_the_two_has_no_labels() -> None:
+    first, second = unlabelled(report_document()), report_document()
+    del first["engines"][1]
+    found = compared(first, second)
+    assert not found.labelled
+    assert "accuracy is not compared: A was judged without labels" in found.notes
+    assert not any("different images" in note for note in found.notes)
+    table = compare_table(found)
+    assert table.columns[2].header == "agree"
+    cells = dict(zip(table.columns[0]._cells, table.columns[2]._cells, strict=True))
+    assert cells["onnxruntime int8"] == "–\n99.35"  # 13 of 2,000 differ
+
+
+def test_why_a_latency_is_not_compared_is_said_once() -> None:
+    first, second = report_document(), report_document()
+    for row in second["engines"][:4]:
+        row["latency_ms"]["threads"] = 1
+    notes = [note for note in compared(first, second).notes if "latencies" in note]
+    assert notes == [
+        "latencies are not compared, measured with 2 and 1 threads: onnxruntime fp32, onnxruntime int8, "
+        "openvino bf16 and 1 more"
+    ]
+    older = report_document()
+    del older["engines"][0]["latency_ms"]["p50_ci95"]
+    notes = [note for note in compared(first, older).notes if "latencies" in note]
+    assert notes == ["latencies are not compared, a report has no interval of the median: onnxruntime fp32"]
+
+
 def test_a_build_without_an_engine_that_passes_is_worse() -> None:
     worse = report_document(verdict="fail", recommended=None)
     assert compared(report_document(), worse).regressions == ("no engine of B passes, one of A does",)
@@ -211,7 +325,7 @@ def test_gates_and_other_options_differ_in_words(tmp_path: Path, command: Comman
     (second / "report.json").write_text(json.dumps(content))
     lines = [line for line in command("compare", first, second).out.splitlines() if line.startswith("differs")]
     assert lines == [
-        "differs: gates: max_drop 0.02 → max_drop 0.02, min_sqnr…",
+        "differs: gates: max_drop 0.02 → max_drop 0.02, min_sqnr 20.0",
         "differs: threads: 2 → 1",
         "differs: completion: none → mean [0.5, 0.5]",
     ]
@@ -229,4 +343,4 @@ def test_builds_without_a_common_engine_are_refused(tmp_path: Path, command: Com
     path.write_text(json.dumps(other))
     done = command("compare", one, path)
     assert done.code == 1
-    assert "no engine was judged in both: A has" in done.err
+    assert "A has openvino int8, B has onnxruntime fp32" in done.err

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from edgewright.compare import Build, Comparison, EnginePair
+from edgewright.compare import Comparison, EnginePair
+from edgewright.compare_engines import Build
 from edgewright.report_view import megabytes, milliseconds, per_cent, points
 
 if TYPE_CHECKING:
@@ -57,12 +58,12 @@ def _pair(pair: EnginePair) -> dict[str, Any]:
 def _numbers(row: Any) -> dict[str, Any] | None:
     if row is None:
         return None
-    parity, latency = row["parity"], row["latency_ms"]
+    parity, latency = row["parity"] or {}, row["latency_ms"] or {}
     return {
         "status": row["status"],
-        **{name: parity[name] for name in ("top1", "agreement", "loss_ci95", "sqnr_db")},
+        **{name: parity.get(name) for name in ("top1", "agreement", "loss_ci95", "sqnr_db")},
         "bytes": row["bytes"],
-        "p50": None if latency is None else latency["p50"],
+        "p50": latency.get("p50"),
     }
 
 
@@ -75,18 +76,16 @@ def compare_table(found: Comparison) -> Table:
     table = Table(box=head_rule, show_edge=False, pad_edge=False, padding=0)
     table.add_column("engine", no_wrap=True)
     table.add_column("", no_wrap=True)
-    labelled = found.first.document["reference"]["labelled"]
-    for heading in ("top-1" if labelled else "agree", "SQNR dB", "ms", "MB", "loss of B [95 %]"):
+    for heading in ("top-1" if found.labelled else "agree", "SQNR dB", "ms", "MB", "loss of B [95 %]"):
         table.add_column(heading, justify="right", no_wrap=True)
     for pair in found.engines:
-        cells = list(_cells(pair))
+        cells = list(_cells(pair, "top1" if found.labelled else "agreement"))
         table.add_row(pair.name, "A\nB" if any("\n" in cell for cell in cells) else "", *cells)
     return table
 
 
-def _cells(pair: EnginePair) -> Iterator[str]:
+def _cells(pair: EnginePair, share: str) -> Iterator[str]:
     first, second = _numbers(pair.first) or {}, _numbers(pair.second) or {}
-    share = "top1" if (first or second).get("top1") is not None else "agreement"
     yield _both(per_cent(first.get(share)), per_cent(second.get(share)))
     yield _both(_decibels(first.get("sqnr_db")), _decibels(second.get("sqnr_db")))
     yield _both(milliseconds(first.get("p50")), milliseconds(second.get("p50")))
@@ -114,8 +113,11 @@ def compare_lines(found: Comparison) -> Iterator[str]:
     if found.regressions:
         yield f"REGRESSION: {'; '.join(found.regressions)}"
     else:
-        yield "no regression: nothing of B is worse than in A by more than its interval"
+        compared = [pair.name for pair in found.engines if pair.accuracy or pair.latency]
+        engines = "1 engine that was" if len(compared) == 1 else f"{len(compared)} engines that were"
+        yield f"no regression: of the {engines} compared none is worse in B by more than its interval"
 
 
 def _short(value: str) -> str:
-    return value if len(value) <= LONGEST_VALUE else f"{value[: LONGEST_VALUE - 1]}…"
+    """A hash or a path cut short; what has words is told whole."""
+    return value if len(value) <= LONGEST_VALUE or " " in value else f"{value[: LONGEST_VALUE - 1]}…"

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgewright.compare import Build, Comparison, compare_builds
+from edgewright.compare import Comparison, compare_builds
+from edgewright.compare_engines import Build
 from edgewright.evidence import GALLERY_FILE, evidence_of
 from edgewright.outcome import Outcome
 from edgewright.provenance import provenance_of
@@ -65,13 +66,13 @@ def write_pages(pipeline: Pipeline, document: Mapping[str, Any]) -> None:
 
 
 def rewritten(folder: Path) -> tuple[Path, Path]:
-    """The page and the Markdown of a finished build folder, made again from what is in it.
+    """The page and the Markdown of a finished build folder, or of its `report.json`, made again from what is in it.
 
     Raises `WorkspaceError` if there is no report, or none that can be shown.
     """
     document = read_report(folder)
     with _explained(folder):
-        return _write(folder, document)
+        return _write(folder if folder.is_dir() else folder.parent, document)
 
 
 def compared(first: Path, second: Path) -> Comparison:
@@ -86,7 +87,7 @@ def _explained(*paths: Path) -> Iterator[None]:
     """Says of a document that lacks what it must have that it is damaged."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         where = " or ".join(str(path) for path in paths)
         raise WorkspaceError(
             f"the report of {where} is damaged ({type(error).__name__}: {error})", "run edgewright engine again"
