@@ -188,7 +188,7 @@ def test_usage(command: Command, build: Path, arguments: tuple[str, ...]) -> Non
 def test_help_ends_with_an_example(command: Command) -> None:
     out = command("bench", "--help").out
     assert out.rstrip().splitlines()[-2:] == [
-        "  Example:", "    edgewright bench build/lenet --precision fp32 --precision int8 --batch 1,8"
+        "  Example:", "    edgewright bench build/lenet_bn --backend onnxruntime --backend openvino"
     ]  # fmt: skip
 
 

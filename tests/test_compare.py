@@ -292,6 +292,30 @@ def test_a_damaged_report_is_refused(tmp_path: Path, command: Command) -> None:
     assert "damaged" in command("compare", good, bad).error
 
 
+@pytest.mark.parametrize("p50", [0, 10**400, "fast"])
+def test_a_time_that_is_none_is_a_damaged_report(tmp_path: Path, command: Command, p50: Any) -> None:
+    for name, time in (("a", p50), ("b", 2.0)):
+        content = timed(2.0)
+        content["engines"][0]["latency_ms"]["p50"] = time
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    assert "damaged" in command("compare", tmp_path / "a.json", tmp_path / "b.json").error
+
+
+def test_a_report_without_its_reference_is_damaged(tmp_path: Path, command: Command) -> None:
+    good, bad = build(tmp_path / "a", 100, lost=0), report_document(reference=None)
+    (tmp_path / "b.json").write_text(json.dumps(bad))
+    assert "damaged" in command("compare", tmp_path / "b.json", good).error
+
+
+def test_empty_logits_pair_nothing(tmp_path: Path, command: Command) -> None:
+    folders = [build(tmp_path / name, 100, lost=0) for name in "ab"]
+    for folder in folders:
+        np.save(folder / "logits" / "labels.npy", np.zeros(0, np.int64))
+        np.save(folder / "logits" / "openvino-int8.npy", np.zeros((0, 2)))
+    done = command("compare", *folders, "--json")
+    assert done.document["engines"][0]["accuracy"]["paired"] is False
+
+
 def test_the_table_fits_80_columns(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     first, second = build(tmp_path / "a", 100, lost=0), build(tmp_path / "b", 112, lost=12, model="another")

@@ -32,7 +32,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("report") / "report.html"
-    file.write_text(report_html(report_document(model=LONG_NAME, label=LONG_NAME), thumbnails()))
+    document = report_document(model=LONG_NAME, label=LONG_NAME, weights=f"/home/anna/{LONG_NAME}.pth")
+    file.write_text(report_html(document, thumbnails()))
     return file
 
 

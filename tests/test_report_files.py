@@ -137,6 +137,14 @@ def test_a_damaged_report_is_one_line(folder: Path, command: Command, damage: An
     assert "report.json" in command("report", folder).error.replace(str(folder), "report.json")
 
 
+def test_the_page_is_made_beside_a_report_that_is_named(folder: Path, command: Command) -> None:
+    for name in ("report.html", "report.md"):
+        (folder / name).unlink()
+    done = command("report", folder / "report.json", "--json")
+    assert done.document["html"] == str(folder / "report.html")
+    assert (folder / "report.html").read_bytes().startswith(b"<!doctype html>")
+
+
 def test_a_folder_without_a_report(tmp_path: Path, command: Command) -> None:
     assert "does not exist" in command("report", tmp_path).error
     assert "does not exist" in command("report", tmp_path / "nothing").error

@@ -14,6 +14,7 @@ from edgewright import report_page
 from edgewright.report_figures import FigurePair
 from edgewright.report_markdown import report_markdown
 from edgewright.report_page import report_html
+from edgewright.report_view import largest_loss
 from report_documents import report_document, thumbnails
 
 SCRIPT = "<script>alert(1)</script>"
@@ -143,6 +144,32 @@ def test_a_verdict_without_recommendation(change: dict[str, Any], sentence: str)
     assert sentence in " ".join(Elements(report_html(document, {})).text.split())
 
 
+@pytest.mark.parametrize(
+    ("gates", "labelled", "limit"),
+    [
+        ({"max_drop": 0.02}, True, 0.02),
+        ({"min_ratio": 0.99}, True, 0.0095),  # of 95 % in the reference
+        ({"max_drop": 0.005, "min_ratio": 0.99}, True, 0.005),
+        ({"max_drop": 0.02, "min_agreement": 0.995}, True, 0.02),  # agreement is no accuracy
+        ({"max_drop": 0.02, "min_agreement": 0.985}, False, 0.015),
+        ({"max_drop": 0.01, "min_sqnr": 30.0}, False, 0.01),
+    ],
+)
+def test_the_limit_is_that_of_the_gates(gates: dict[str, float], labelled: bool, limit: float) -> None:
+    document = report_document()
+    document["reference"]["labelled"] = labelled
+    document["provenance"]["options"] = {"gates": gates, "budget": 0.25}  # what quantization aims at is another matter
+    assert largest_loss(document) == pytest.approx(limit)
+
+
+def test_the_limit_of_older_documents() -> None:
+    document = report_document()
+    document["provenance"]["options"] = {"budget": 0.03}
+    assert largest_loss(document) == 0.03
+    del document["provenance"]
+    assert largest_loss(document) == 0.005
+
+
 @pytest.mark.parametrize(("verdict", "status"), [("fail", "over_budget"), ("inconclusive", "undecided")])
 def test_without_an_engine_to_take_the_closest_is_named(verdict: str, status: str) -> None:
     document = report_document(verdict=verdict, recommended=None)
@@ -204,7 +231,7 @@ def test_without_labels_agreement_is_shown() -> None:
     text = Elements(report_html(document, {})).text
     assert "Agrees, %" in text
     assert "Top-1, %" not in text
-    assert "agrees" in report_markdown(document)
+    assert "| engine | agrees, % | differs, % [95 %] |" in report_markdown(document)
 
 
 # Markdown

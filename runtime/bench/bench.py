@@ -73,6 +73,8 @@ class Bench:
             notes=tuple(content["notes"]),
         )
         check_types(found, Bench, "bench")
+        for result in found.results:
+            result.latency.check()
         return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -59,8 +59,8 @@ class Candidate:
 
     @property
     def shape(self) -> tuple[int | None, ...]:
-        """Of one image as the first input takes it, such as `(3, 64, 64)`."""
-        return self.inputs[0].shape[1:]
+        """Of one image as the first input takes it, such as `(3, 64, 64)`; empty if there is none."""
+        return self.inputs[0].shape[1:] if self.inputs else ()
 
     @property
     def sha256(self) -> str:
@@ -136,7 +136,9 @@ def candidates_of(path: Path, selection: Selection) -> tuple[tuple[Candidate, ..
     if stands_for_bundle(path):
         return _runnable(path, _of_bundle(path, selection))
     if path.is_dir():
-        return _runnable(path, _of_folder(path, selection))
+        choices = _of_folder(path, selection)
+        found, absent = _runnable(path, choices)
+        return found, (*absent, *_unmatched(path, selection, choices))
     if not path.is_file():
         raise EngineError(f"there is no {path}", f"give {WHAT_RUNS}")
     if _is_engine(path):
@@ -179,6 +181,14 @@ def _of_folder(folder: Path, selection: Selection) -> list[tuple[str, Choice]]:
         there = ", ".join(dict.fromkeys(f"{info.backend} {info.precision}" for info in infos.values()))
         raise EngineError(f"{folder} has no {selection} engine, it has {there or 'none'}", "name one that is there")
     return [(str(path), _named(path)) for path in wanted]
+
+
+def _unmatched(folder: Path, selection: Selection, choices: Sequence[tuple[str, Choice]]) -> Iterator[str]:
+    """What was named and is not there, beside what is."""
+    built = {name for _, choice in choices for name in (choice.info.backend, choice.info.precision)}
+    for name in (*selection.backends, *selection.precisions):
+        if name not in built:
+            yield f"{folder} has no {name} engine"
 
 
 def _named(engine: Path) -> Choice:

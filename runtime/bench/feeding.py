@@ -29,6 +29,8 @@ Array = NDArray[Any]
 
 def check_fits(candidate: Candidate, setup: SetUp) -> None:
     """Raises `InputError` unless the engine takes what the set-up says."""
+    if not candidate.inputs or not candidate.inputs[0].shape:
+        raise InputError(f"{candidate.path} takes no batch as its first input", "give a network that takes images")
     _check_batch(candidate, setup.batch)
     for spec in candidate.inputs:
         if None in spec.shape[1:]:

@@ -18,6 +18,7 @@ UNSTABLE = 0.025
 """Coefficient of variation above which the machine was not quiet."""
 HALF_ALPHA = 0.025
 """Two medians' intervals hold together with 95 % if each of them holds with 97.5 % (Bonferroni)."""
+SHORTEST_MS = 1e-6  # a nanosecond, which is what clocks count
 BLOCKS = 20
 """Of consecutive runs: the medians of such blocks depend on each other far less than runs do, of which a slow spell
 hits many (batch means: Law 2015, Simulation Modeling and Analysis, 9.5.3)."""
@@ -99,6 +100,12 @@ class Distribution:
             p50_low=low,
             p50_high=high,
         )
+
+    def check(self) -> None:
+        """Raises `ValueError` unless the times are some that a clock can have measured."""
+        times = (self.min, self.p50, self.p90, self.p95, self.p99, self.max, self.mean, self.p50_low, self.p50_high)
+        if min(times) < SHORTEST_MS or self.p50_low > self.p50_high:
+            raise ValueError(f"a median of {self.p50:g} ms, from {self.p50_low:g} to {self.p50_high:g}, is none")
 
     @property
     def stable(self) -> bool:

@@ -33,11 +33,19 @@ def check_types(value: Any, kind: Any, name: str) -> None:
             check_types(key, str, name)
             check_types(item, get_args(kind)[1], f"{name}.{key}")
     elif kind is float:
-        _expect(type(value) in (int, float) and math.isfinite(value), name, kind, value)
+        _expect(type(value) in (int, float) and _is_finite(value), name, kind, value)
     else:
         _expect(type(value) is kind, name, kind, value)
         if kind is str:
             value.encode()  # half of a surrogate pair is no text
+
+
+def _is_finite(value: float) -> bool:
+    """Also of an integer that no float can hold, which JSON has."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 @functools.cache

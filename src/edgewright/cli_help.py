@@ -12,8 +12,8 @@ COMPLETE_VARIABLE = "_EDGEWRIGHT_COMPLETE"
 SHELLS = ("bash", "zsh", "fish")
 
 EXAMPLES: dict[str, str] = {
-    "audit": "edgewright audit build/mobilenet_effnet_b0/onnxruntime-int8.onnx",
-    "bench": "edgewright bench build/lenet --precision fp32 --precision int8 --batch 1,8",
+    "audit": "edgewright audit build/mobilenet_effnet_b0/engines/onnxruntime-int8.onnx",
+    "bench": "edgewright bench build/lenet_bn --backend onnxruntime --backend openvino",
     "blame": "edgewright blame mobilenet_effnet_b0 --dialect tensorrt",
     "build": "edgewright build resnet50 --calibration photos --backend openvino",
     "calibrate": "edgewright calibrate resnet50 --calibration photos --method entropy",

@@ -100,7 +100,7 @@ def latency_figure(spreads: Sequence[Spread]) -> FigurePair:
 def frontier_figure(points: Sequence[Point], *, reference: float, limit: float, share: str) -> FigurePair:
     """Latency against a share in per cent, with its intervals; the engines that no other beats at both are joined.
 
-    * reference: the share of the reference, a dashed line; limit: what the budget leaves, the edge of a shaded part
+    * reference: the share of the reference, a dashed line; limit: the least that passes, the edge of a shaded part
     * share: what the share is, such as "top-1"
     """
 
@@ -181,9 +181,10 @@ def _draw_point(axes: Axes, point: Point, marker: str) -> None:
 
 
 def _name_lines(axes: Axes, reference: float, limit: float) -> None:
-    style: Any = {"xytext": (3, 3), "textcoords": "offset points", "color": COLOURS["muted"], "fontsize": 8}
-    axes.annotate("reference", (0, reference), **style)
-    axes.annotate("budget", (0, limit), **style)
+    """The reference above its line, the limit below its own: they may be close."""
+    style: Any = {"textcoords": "offset points", "color": COLOURS["muted"], "fontsize": 8}
+    axes.annotate("reference", (0, reference), xytext=(3, 3), **style)
+    axes.annotate("limit", (0, limit), xytext=(3, -3), va="top", **style)
 
 
 def _undominated(points: Sequence[Point]) -> list[Point]:

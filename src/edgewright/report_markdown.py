@@ -43,7 +43,8 @@ def _engines(document: Document) -> Iterator[str]:
     """A row for the reference and one for each engine that was judged."""
     labelled = document["reference"]["labelled"]
     best = view.recommended(document)
-    yield f"| engine | {'top-1' if labelled else 'agrees'} | loss, points [95 %] | ms | MB | status |"
+    headings = "top-1, % | loss, points [95 %]" if labelled else "agrees, % | differs, % [95 %]"
+    yield f"| engine | {headings} | ms | MB | status |"
     yield "|:--|--:|--:|--:|--:|:--|"
     if labelled:
         source = document["reference"].get("source", "PyTorch")

@@ -108,7 +108,7 @@ def _speed(row: Document) -> float:
 
 def _loss_axis(document: Document) -> dict[str, float]:
     """What all small pictures of loss intervals span, in fractions: zero, the budget, every interval within reason."""
-    budget = view.budget_of(document)
+    budget = view.largest_loss(document)
     bounds = [bound for row in document["engines"] if row["parity"] for bound in row["parity"]["loss_ci95"]]
     low = max(min([*bounds, 0.0]), -4 * budget or -0.02)
     high = min(max([*bounds, budget]), 4 * budget or 0.02)
@@ -150,7 +150,7 @@ def _frontier(document: Document, ran: Sequence[Document]) -> FigurePair | None:
         )
         for row in judged
     ]
-    limit = 100 * (reference - view.budget_of(document))
+    limit = 100 * (reference - view.largest_loss(document))
     share = "top-1" if labelled else "agreement"
     return frontier_figure(points, reference=100 * reference, limit=limit, share=share)
 

@@ -14,11 +14,11 @@ from edgewright.runtime.gates import DEFAULT_BUDGET
 __all__ = [
     "STATUS_WORDS",
     "bar",
-    "budget_of",
     "decisive",
     "engine_name",
     "headline",
     "key_figures",
+    "largest_loss",
     "loss_of",
     "megabytes",
     "milliseconds",
@@ -120,7 +120,7 @@ def _times(plain: Document | None, latency: Document) -> str:
     if plain is None or plain["latency_ms"] is None:
         return ""
     ratio = plain["latency_ms"]["p50"] / latency["p50"]
-    return f"{ratio:.2g} × as fast as {engine_name(plain)}"
+    return f"{f'{ratio:.2g}' if ratio < 100 else f'{ratio:.0f}'} × as fast as {engine_name(plain)}"
 
 
 def _smaller(plain: Document | None, best: Document) -> str:
@@ -152,9 +152,19 @@ def bar(value: float | None, most: float) -> str:
     return f"{100 * min(1.0, max(0.0, (value or 0.0) / most)):.1f}%" if most > 0 else "0%"
 
 
-def budget_of(document: Document) -> float:
-    """The largest loss that passes, a fraction; what the contract has by default where a document does not say."""
-    return float(document.get("provenance", {}).get("options", {}).get("budget", DEFAULT_BUDGET))
+def largest_loss(document: Document) -> float:
+    """The largest loss that the gates let pass, a fraction; without labels the largest disagreement.
+
+    What the contract has by default where a document does not say.
+    """
+    options, reference = document.get("provenance", {}).get("options", {}), document["reference"]
+    gates = options.get("gates", {})
+    limits = [gates["max_drop"]] if "max_drop" in gates else []
+    if "min_ratio" in gates and reference["labelled"]:
+        limits.append((1 - gates["min_ratio"]) * reference["top1"])
+    if "min_agreement" in gates and not reference["labelled"]:
+        limits.append(1 - gates["min_agreement"])
+    return float(min(limits, default=options.get("budget", DEFAULT_BUDGET)))
 
 
 def short(count: float) -> str:

@@ -174,6 +174,19 @@ def test_other_documents_are_refused(engines: FakeEngines, tmp_path: Path, chang
         read_bench(tmp_path / "saved.json")
 
 
+@pytest.mark.parametrize(
+    "times", [{"p50": 0}, {"p50": 10**400}, {"p50": -4.0}, {"p50": 5e-324}, {"p50_low": 9.0, "p50_high": 3.0}]
+)
+def test_times_that_no_clock_has_measured_are_refused(
+    engines: FakeEngines, tmp_path: Path, times: dict[str, Any]
+) -> None:
+    document = engines.bench(engines.engine("a", 4)).to_json()
+    document["results"][0]["latency_ms"] |= times
+    (tmp_path / "saved.json").write_text(json.dumps(document))
+    with pytest.raises(ParityError, match="no saved result of edgewright bench"):
+        read_bench(tmp_path / "saved.json")
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "3"])
 def test_what_is_no_document_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "saved.json").write_text(content)

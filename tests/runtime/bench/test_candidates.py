@@ -52,6 +52,20 @@ def test_engines_of_a_build_folder(build: Path, wanted: dict[str, Any], found: l
     assert names(build, **wanted) == found
 
 
+@pytest.mark.parametrize(
+    ("wanted", "missing"),
+    [
+        ({"precisions": ("fp32", "bf16")}, ["bf16"]),
+        ({"backends": ("onnxruntime", "tensorrt")}, ["tensorrt"]),
+        ({"precisions": ("fp32", "int8")}, []),
+        ({}, []),
+    ],
+)
+def test_what_was_named_and_is_not_there_is_told(build: Path, wanted: dict[str, Any], missing: list[str]) -> None:
+    _, notes = candidates_of(build, Selection(**wanted))
+    assert list(notes) == [f"{build} has no {name} engine" for name in missing]
+
+
 def test_candidates_hold_the_verified_bytes(build: Path) -> None:
     ((found,), notes) = candidates_of(build, Selection(precisions=("fp32",)))
     assert found.engine == engine("fp32")

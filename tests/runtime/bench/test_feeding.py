@@ -14,7 +14,7 @@ from edgewright.runtime.bench import Candidate, Selection, SetUp, candidates_of,
 from edgewright.runtime.bench.feeding import Run, check_fits
 from edgewright.runtime.device.memory import Memory
 from edgewright.runtime.errors import InputError
-from edgewright.runtime.specs import BatchProfile
+from edgewright.runtime.specs import BatchProfile, TensorSpec
 from timed_engines import identity_onnx
 from toy_build import PREPROCESS, put_engine
 
@@ -50,6 +50,12 @@ def fed(candidate: Candidate, setup: SetUp, monkeypatch: pytest.MonkeyPatch) -> 
     first, second = seen
     assert all(np.array_equal(first[name], second[name]) for name in first), "every run has the same input"
     return first
+
+
+@pytest.mark.parametrize("inputs", [(), (TensorSpec("x", (), "float32"),)])
+def test_an_engine_without_a_batch_is_refused(candidate: Candidate, inputs: tuple[TensorSpec, ...]) -> None:
+    with pytest.raises(InputError, match="takes no batch as its first input"):
+        check_fits(replace(candidate, inputs=inputs), ONE)
 
 
 @pytest.mark.parametrize("batch", [1, 8])
