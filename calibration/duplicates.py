@@ -104,12 +104,16 @@ def overlap(calibration: Signatures, evaluation: Signatures) -> Finding:
         return Finding("overlap", OK, (f"none of {total:,} evaluation images is or resembles a calibration image",))
     equal = any(twins.equal for twins in found)
     share = len(found) / total
-    few = () if share > NEGLIGIBLE else (f"{100 * share:.2g} % of the evaluation images: too few to move the verdict",)
+    few = (
+        ()
+        if equal or share > NEGLIGIBLE
+        else (f"{100 * share:.2g} % of the evaluation images: too few to move the verdict",)
+    )
     return Finding(
         "overlap",
         PROBLEM if equal else OK if few else WARNING,
         (*_sentences(found, limit), *few),
-        "" if few and not equal else "take them out of one of the two sets; --json lists all",
+        "" if few else "take them out of one of the two sets; --json lists all",
         _figures(found, limit),
     )
 

@@ -40,19 +40,22 @@ def contrast(batch: NDArray[np.float32], std: Sequence[float]) -> NDArray[np.flo
     return largest
 
 
-def unusual(magnitudes: NDArray[np.float32]) -> NDArray[np.float64]:
+def unusual(magnitudes: NDArray[np.float32]) -> NDArray[np.float64] | None:
     """How far each image is from the others, `[N]`, by the largest `magnitudes` `[N, T]` in each of T activations.
 
     The median over the activations of the distance, on a logarithmic scale, from the median of the images, in their
     robust standard deviations (Hampel 1974, "The Influence Curve and its Role in Robust Estimation"). Activations that
-    reach the same in half of the images, such as behind a ReLU6, say nothing.
+    reach the same in half of the images, such as behind a ReLU6, say nothing; None if fewer than 16 are left that do,
+    or there are fewer than 16 images.
     """
+    if len(magnitudes) < FEWEST_IMAGES:
+        return None
     logarithms = np.log(np.maximum(magnitudes.astype(np.float64), np.finfo(np.float32).tiny))
     distances = np.abs(logarithms - np.median(logarithms, axis=0))
     deviation = NORMAL_MAD * np.median(distances, axis=0)
     telling = deviation > np.finfo(np.float32).eps
     if telling.sum() < FEWEST_ACTIVATIONS:
-        return np.zeros(len(magnitudes))
+        return None
     scores: NDArray[np.float64] = np.median(distances[:, telling] / deviation[telling], axis=1)
     return scores
 
@@ -60,17 +63,18 @@ def unusual(magnitudes: NDArray[np.float32]) -> NDArray[np.float64]:
 def outliers(names: Sequence[str], contrasts: NDArray[np.float64], magnitudes: NDArray[np.float32]) -> Finding:
     """Of images with `names`, their `contrast` `[N]`, and the largest `magnitudes` `[N, T]` of their activations.
 
-    Of fewer than 16 images none is called unusual: nobody knows what is usual.
+    Where nobody knows what is usual, none is called unusual.
     """
-    scores = unusual(magnitudes) if len(names) >= FEWEST_IMAGES else np.zeros(len(names))
+    known = unusual(magnitudes)
+    scores = np.zeros(len(names)) if known is None else known
     faint = np.flatnonzero(contrasts < FAINT)
     far = np.setdiff1d(np.flatnonzero(scores > FAR), faint)
     far = far[np.argsort(-scores[far], kind="stable")]
     blank, strange = faint.tolist(), far.tolist()
     if not len(faint) and not len(far):
         usual = f"activations at most {scores.max():.1f} standard deviations from the usual ones"
-        unknown = f"what is usual for activations is not known of fewer than {FEWEST_IMAGES}"
-        told = usual if len(names) >= FEWEST_IMAGES else unknown
+        few = f"fewer than {FEWEST_IMAGES} images" if len(names) < FEWEST_IMAGES else "so few activations that differ"
+        told = f"what is usual is not known of {few}" if known is None else usual
         seen = f"{len(names):,} images: contrast at least {contrasts.min():.0f} of 255, {told}"
         return Finding("outliers", OK, (seen,))
     evidence = []

@@ -18,7 +18,7 @@ from PIL import Image
 
 from edgewright.runtime.errors import DataError
 from edgewright.runtime.files import sha256_of
-from edgewright.runtime.preprocess import Preprocess
+from edgewright.runtime.preprocess import Preprocess, resized_size
 
 from .image_set import ImageSet
 
@@ -54,6 +54,12 @@ class Signatures:
     looks: NDArray[np.bool_]
     unreadable: dict[int, str]
 
+    @property
+    def different(self) -> NDArray[np.int64]:
+        """The positions of the readable images, of equal ones the first alone, int64."""
+        first = {pixels: position for position, pixels in reversed(list(enumerate(self.pixels)))}
+        return np.array(sorted(first.values()), np.int64)
+
     def name(self, position: int) -> str:
         """Of the `position`-th readable image."""
         return self.names[int(self.readable[position])]
@@ -71,7 +77,7 @@ def signature_of(pixels: NDArray[np.uint8]) -> Signature:
 def signatures(
     images: ImageSet, preprocess: Preprocess, *, progress: Callable[[int], None] = lambda done: None
 ) -> Signatures:
-    """Of all `images`, decoded in the network's colours; those that cannot be read are named instead.
+    """Of all `images`, decoded in the network's colours; those that cannot be read or resized are named instead.
 
     `progress` is told how many are done.
     """
@@ -101,9 +107,14 @@ def _results(images: ImageSet, preprocess: Preprocess) -> Iterator[Signature | D
 
     def result(index: int) -> Signature | DataError:
         try:
-            return signature_of(preprocess.source_pixels(images[index]))
+            pixels = preprocess.source_pixels(images[index])
         except DataError as error:
             return error
+        try:
+            resized_size((pixels.shape[1], pixels.shape[0]), preprocess.resize)
+        except DataError as error:
+            return DataError(f"{images.image_name(index)}: {error.message}", error.remedy)
+        return signature_of(pixels)
 
     pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="edgewright-hash")
     try:

@@ -54,7 +54,7 @@ class Gate(ABC):
 
     def __post_init__(self) -> None:
         if not 0 <= self.limit <= 1:
-            raise ParityError(f"{self.name} is {self.limit}, expected a fraction from 0 to 1", self._example)
+            raise ParityError(f"{self.name} is {self.limit:g}, expected a fraction from 0 to 1", self._example)
 
     @property
     @abstractmethod
@@ -276,6 +276,8 @@ def gates_of(
     The loss of accuracy is always bounded: by half a point if neither `max_drop` nor `min_ratio` is given.
     Raises `ParityError` if a limit makes no sense.
     """
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise ParityError(f"max_drop is {max_drop:g} points, expected from 0 to 100", "half a point is 0.5")
     gates: list[Gate] = []
     if max_drop is not None or min_ratio is None:
         gates.append(MaxDrop(DEFAULT_BUDGET if max_drop is None else max_drop / 100))

@@ -21,7 +21,7 @@ from PIL import Image
 from command import Command, Completed
 from contract import STAGE, differences
 from edgewright.calibration.datasets import image_folder
-from edgewright.calibration.fashion_mnist import fashion_mnist_calibration
+from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
 from edgewright.calibration.image_set import ImageSet
 from edgewright.calibration_check import CalibrationCheck, check_calibration
 from edgewright.calibration_report import check_lines
@@ -197,6 +197,55 @@ def test_a_person_reads_eighty_columns(check: Check) -> None:
     assert lines[-1] == "1 warning: the images can be used; look at the warnings first"
 
 
+def attentive() -> ir.Model:
+    """Forty activations behind each other, and one in which half of the channels of an image are an image."""
+    size = 16
+    layers = 20
+    kernels: dict[str, Any] = {f"k{index}": normal(f"k{index}", 8, 8, 1, 1) for index in range(layers)}
+    names = ["s", *(f"r{index}" for index in range(layers))]
+    nodes = "".join(
+        f"[conv{index}] c{index} = Conv ({names[index]}, k{index}) [relu{index}] r{index} = Relu (c{index})"
+        for index in range(layers)
+    )
+    return graph(
+        f"[stem] s = Conv (x, w) {nodes} [halves] h = Reshape (r{layers - 1}, halved) [mix] m = Conv (h, g)"
+        "[back] b = Reshape (m, whole) [pool] p = GlobalAveragePool (b) [flat] f = Flatten (p) [fc] y = Gemm (f, u, t)",
+        f"float[N, 3, {size}, {size}] x",
+        "float[N, 4] y",
+        w=normal("w", 8, 3, 1, 1),
+        **kernels,
+        halved=np.array([-1, 4, size, size]),
+        whole=np.array([-1, 8, size, size]),
+        g=normal("g", 4, 4, 1, 1),
+        u=normal("u", 8, 4),
+        t=np.zeros(4, np.float32),
+    )
+
+
+def test_an_unusual_image_is_named_also_where_attention_folds_images_together() -> None:
+    network, size = attentive(), 16
+    pictures = (photographs(40, height=size, width=size) // 4 + 96).astype(np.uint8)
+    pictures[7] = np.indices((size, size)).sum(axis=0)[..., None] % 2 * 255
+    preprocess = Preprocess((size, size), None, (0.5,) * 3, (0.5,) * 3)
+    found = check_calibration(network, network, preprocess, (), ImageSet.from_array("set", pictures), None, threads=1)
+    (finding,) = (finding for finding in found.findings if finding.check == "outliers")
+    first, *others = finding.figures["unusual"]
+    assert first["image"] == "set image 7"
+    assert all(other["deviations"] < first["deviations"] / 4 for other in others)
+
+
+def test_copies_are_no_evidence_for_the_ranges(check: Check) -> None:
+    assert verdicts(check(photographs(1).repeat(20, axis=0))) == {"duplicates": "warning", "ranges": "problem"}
+
+
+def test_an_image_that_cannot_be_resized_is_named(check: Check, tmp_path: Path) -> None:
+    for index, picture in enumerate([*photographs(20), np.zeros((1, 20_000, 3), np.uint8)]):
+        Image.fromarray(picture).save(tmp_path / f"{index:02}.png")
+    found = check(image_folder(tmp_path), replace(HALVES, resize=224, crop=(SIZE, SIZE)))
+    assert verdicts(found)["files"] == "problem"
+    assert "20.png: the image is 20000×1 pixels" in evidence(found, "files")
+
+
 # Command
 
 
@@ -218,6 +267,29 @@ def test_the_document_is_all_of_stdout(doctor: Callable[..., Completed], images:
         assert list(differences(finding, FINDING)) == []
     assert done.code == (3 if document["verdict"] == "problem" else 0)
     assert (document["images"], document["evaluation"]) == (40, 60)
+
+
+def test_labels_that_are_not_the_network_s_are_told(doctor: Callable[..., Completed], images: Any) -> None:
+    (images.calibration / "labels.csv").write_text(
+        "file,index\n" + "".join(f"{file.name},99\n" for file in sorted(images.calibration.glob("*.png")))
+    )
+    (finding,) = (
+        each for each in doctor(images.calibration, "--json").document["checks"] if each["check"] == "classes"
+    )
+    assert finding["verdict"] == "warning"
+    assert finding["evidence"][0].startswith("the labels are not used: ")
+    assert "99" in finding["evidence"][0]
+
+
+def test_the_images_that_judge_by_default_are_looked_at(command: Command, tmp_path: Path) -> None:
+    pixels = fashion_mnist_test()
+    for index in range(40):
+        Image.fromarray(np.asarray(pixels[index])).save(tmp_path / f"{index:02}.png")
+    done = command("calibration", "check", tmp_path, "--model", "lenet_bn", "--build-dir", tmp_path / "b", "--json")
+    assert done.code == 3
+    overlap = done.document["checks"][2]
+    assert (overlap["check"], overlap["verdict"]) == ("overlap", "problem")
+    assert sum(pair["equal"] for pair in overlap["figures"]["pairs"]) == 40
 
 
 def test_a_problem_is_exit_code_3(doctor: Callable[..., Completed], images: Any) -> None:

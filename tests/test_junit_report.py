@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -122,6 +123,26 @@ def test_a_case_per_row(tmp_path: Path) -> None:
     failed = next(case for case in root.iter("testcase") if case.get("name") == "onnxruntime int8")
     assert failed[0].attrib == {"type": "fail", "message": "FAIL: loses at least 23.46 points (95 %), budget 0.5"}
     assert "exact McNemar p" in (failed[1].text or "")
+
+
+@pytest.mark.parametrize("verdict", ["fail", "inconclusive"])
+def test_a_verdict_without_a_guilty_engine_is_a_failure(tmp_path: Path, verdict: str) -> None:
+    skipped = replace(outcome_of(row("tensorrt", "int8", "skipped")), verdict=verdict)
+    write_junit(tmp_path / "j.xml", "s", cases_of(skipped))
+    root = written(tmp_path / "j.xml")
+    assert (root.get("failures"), root.get("skipped")) == ("1", "1")
+    (failure,) = root.iter("failure")
+    assert failure.get("message", "").startswith(f"{verdict.upper()}: no engine")
+
+
+def test_a_pass_has_no_case_of_its_own() -> None:
+    passed = replace(outcome_of(row("openvino", "fp32"), row("tensorrt", "int8", "skipped")), verdict="pass")
+    assert [case.name for case in cases_of(passed)] == ["openvino fp32", "tensorrt int8"]
+
+
+def test_a_device_on_which_nothing_is_kept_has_proven_nothing() -> None:
+    report = DeviceReport("m", 1, "0", None, Path("cache"), (), ())
+    assert [(case.name, case.result) for case in cases_of_device(report)] == [("self-test", "failure")]
 
 
 def test_the_figures_are_properties_of_the_suite(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 import click
 import pytest
 
+from edgewright import built_model as built_model_module
 from edgewright.built_model import built_model
 from edgewright.outcome import EngineRow, Outcome
-from edgewright.runtime.errors import DataError
+from edgewright.runtime.errors import BuildError, DataError
 from edgewright.runtime.gates import MaxDrop, MinRatio, MinSqnr
 from tiny_network import LABELS
 
@@ -129,6 +130,34 @@ def test_keywords_are_the_options_of_the_command() -> None:
     )
     shape = built_model("tiny", input_shape=(3, 64, 64), mean=[0.5], labels=DOCUMENT)._options.completion
     assert (shape.input_shape, shape.mean) == ((3, 64, 64), (0.5,))
+
+
+def test_flags_that_are_not_wanted_are_not_written() -> None:
+    assert built_model("tiny", allow_overlap=False)._options == built_model("tiny")._options
+    assert not built_model("tiny", rescue=False)._options.rescue
+    with pytest.raises(click.NoSuchOption, match="--resuce"):
+        built_model("tiny", resuce=False)
+
+
+def test_without_a_target_the_first_is_built(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def pipeline(options: Any) -> None:
+        asked.append(options.targets)
+        raise BuildError("stopped")
+
+    monkeypatch.setattr(built_model_module, "Pipeline", pipeline)
+    model = built_model("tiny", **options, target="sm86,sm120")
+    for backend, target in (("tensorrt-rtx", None), ("tensorrt-rtx", "sm120"), ("onnxruntime", None)):
+        with pytest.raises(BuildError):
+            model.row(backend, "fp16", target)
+    assert asked == [("sm86",), ("sm120",), ("sm86", "sm120")]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile("def test_it(edgewright_build):\n    assert callable(edgewright_build)\n")
+    done = pytester.runpytest_subprocess("-o", "cache_dir=/proc/nothing", "-W", "ignore", *PLUGIN)
+    done.assert_outcomes(passed=1)
 
 
 @pytest.mark.parametrize("wrong", [{"max_dorp": 1}, {"max_drop": 101}, {"method": "magic"}, {"input_shape": (3, 64)}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,35 @@ def test_a_module_is_run_in_inference_mode_and_left_as_it_was(tmp_path: Path) ->
     )
     assert parity.images == 70
     assert module.training
+
+
+def test_a_frozen_layer_stays_frozen() -> None:
+    images, module = normal("images", 8, 3, 8, 8), Doubled()
+    frozen = [*module.modules()][2].eval()
+    assert module.training
+    assert_parity(module, module, images=images, max_drop=80)
+    assert (module.training, frozen.training) == (True, False)
+
+
+def test_logits_of_half_the_bits_are_logits() -> None:
+    logits = torch.from_numpy(losing(0)).to(torch.bfloat16)
+    assert assert_parity(logits, losing(10), LABELS).images == 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"engine": {"logits": losing(0)}}, "the logits are a dict that is no array"),
+        ({"engine": [[1.0, 2.0], [3.0]]}, "the logits are a list that is no array"),
+        ({"images": Path("shoe.png")}, "images is a single image; put it into a list"),
+        ({"images": "shoe.png"}, "images is a single image"),
+        ({"images": []}, "there are no images"),
+        ({"max_drop": 150}, "max_drop is 150 points, expected from 0 to 100; half a point is 0.5"),
+    ],
+)
+def test_odd_arguments_are_explained(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(ParityError, match=re.escape(said)):
+        assert_parity(losing(0), **{"engine": losing(0), "labels": LABELS} | arguments)
 
 
 def test_an_engine_file_and_a_build_folder_are_opened(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import click
 from edgewright.cli_options import pipeline_options, run_options
 from edgewright.outcome import EngineRow
 from edgewright.pipeline import Options, Pipeline
+from edgewright.runtime.backends import BACKENDS
 from edgewright.runtime.errors import BuildError
 from edgewright.verdict_report import evidence_lines
 
@@ -26,17 +27,21 @@ def built_model(model: str, **options: Any) -> BuiltModel:
     Raises `click.UsageError` for what the command refuses.
     """
     command = click.command("engine")(run_options(lambda **arguments: None))
-    arguments = dict(command.make_context("engine", [model, *_words({"placement": "rules", **options})]).params)
+    words = _words({"placement": "rules", **options}, command)
+    arguments = dict(command.make_context("engine", [model, *words]).params)
     del arguments["as_json"]
     return BuiltModel(pipeline_options(**arguments))
 
 
-def _words(options: Mapping[str, Any]) -> Iterator[str]:
-    """The options as they are written on the command line; None is not written."""
+def _words(options: Mapping[str, Any], command: click.Command) -> Iterator[str]:
+    """The options as they are written on the command line; None is not written, nor a flag that is not wanted."""
+    known = {option.name: option for option in command.params if isinstance(option, click.Option)}
     for name, value in options.items():
         words = name.replace("_", "-")
-        if isinstance(value, bool):
-            yield f"--{words}" if value else f"--no-{words}"
+        if value is False and name in known:
+            yield from (f"--no-{words}" for _ in known[name].secondary_opts)
+        elif isinstance(value, bool):
+            yield f"--{words}"
         elif isinstance(value, Mapping):
             for each in value.items():
                 yield f"--{words}={'='.join(map(str, each))}"
@@ -55,7 +60,10 @@ class BuiltModel:
         self._rows: dict[tuple[str, str, str | None], EngineRow] = {}
 
     def row(self, backend: str, precision: str, target: str | None = None) -> EngineRow:
-        """The judged row of one engine. Raises `EdgewrightError` where a stage fails."""
+        """The judged row of one engine, for a GPU that of the first target unless one is named.
+
+        Raises `EdgewrightError` where a stage fails.
+        """
         key = backend, precision, target
         if key not in self._rows:
             self._rows[key] = self._judged(*key)
@@ -81,8 +89,8 @@ class BuiltModel:
 
     def _judged(self, backend: str, precision: str, target: str | None) -> EngineRow:
         asked: dict[str, Any] = {"backends": (backend,), "precisions": (precision,)}
-        if target is not None:
-            asked["targets"] = (target,)
+        if backend in BACKENDS and BACKENDS[backend].targets:
+            asked["targets"] = (target or self._options.targets[0],)
         pipeline = Pipeline(replace(self._options, **asked))
         with pipeline.workspace.locked():
             rows = [row for row in pipeline.judged if target in (None, row.target)]

@@ -6,8 +6,8 @@ Labels, where there are any, are counted and nothing else: no check looks whethe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +69,7 @@ def check_calibration(
     images: ImageSet,
     evaluation: ImageSet | None = None,
     *,
+    label_fault: str = "",
     method: str = "auto",
     threads: int = 0,
     progress: Progress = lambda what, done, total: None,
@@ -77,6 +78,7 @@ def check_calibration(
 
     * exported: the graph with batch normalization visible; folded: the one that is calibrated
     * evaluation: what will judge the engines, to be compared with `images`
+    * label_fault: why the labels that `images` seem to have are not theirs
     * method: how the ranges will be chosen; threads: of onnxruntime, 0 for all cores
 
     Raises `DataError` if no image can be read, `CalibrationError` if an activation is not finite.
@@ -90,14 +92,15 @@ def check_calibration(
         raise DataError(
             f"none of {len(images)} calibration images can be read; the first: {own.unreadable[0]}", "give photographs"
         )
-    readable = images.subset(own.readable)
-    seen = _seen(folded, readable, preprocess, threads, progress)
-    names = [own.name(position) for position in range(len(readable))]
+    different = own.different
+    readable, watched = images.subset(own.readable), images.subset(own.readable[different])
+    seen = _seen(folded, watched, preprocess, threads, progress)
+    names = [own.name(position) for position in different]
     findings = [
         _files(own, judging),
         duplicates(own),
         *([] if judging is None else [overlap(own, judging)]),
-        *([] if not labels else [_classes(readable, seen.logits, labels)]),
+        *([] if not labels else [_classes(readable, seen.logits, labels, label_fault)]),
         outliers(names, seen.contrasts, seen.magnitudes),
         _ranges(folded, seen.quarters, method),
         _preprocessing(exported, preprocess, readable, seen.glimpse, threads),
@@ -110,7 +113,8 @@ class _Seen:
     """What one pass of all images through the network left, in the order of the images.
 
     * quarters: tables of random quarters, as large as each other but for one image; fewer of fewer than four images
-    * contrasts: `[N]`; magnitudes: of the largest value of each activation, `[N, T]`; logits: `[N, classes]`
+    * contrasts: `[N]`; logits: `[N, classes]`
+    * magnitudes: of the largest value of each activation whose first axis are the images, `[N, T]`
     * glimpse: preprocessed images, `[K, C, H, W]`
     """
 
@@ -139,7 +143,8 @@ def _seen(folded: ir.Model, images: ImageSet, preprocess: Preprocess, threads: i
     tallies = [Tally(watched.names) for _ in parts]
     (output,) = (str(value.name) for value in folded.graph.outputs)
     glimpse = Glimpse(len(images))
-    contrasts, magnitudes, logits = [], [], []
+    contrasts, logits = [], []
+    magnitudes: list[dict[str, NDArray[np.float32]]] = []
     done = 0
     stream = itertools.chain.from_iterable(batches(images.subset(part), preprocess, size) for part in parts)
     for batch in glimpse.watched(stream):
@@ -147,23 +152,40 @@ def _seen(folded: ir.Model, images: ImageSet, preprocess: Preprocess, threads: i
         seen = watched(batch, done + 1)
         tally.add(seen)
         contrasts.append(contrast(batch, preprocess.std))
-        magnitudes.append(_magnitudes(seen.values()))
+        magnitudes.append(_magnitudes(seen, len(batch)))
         logits.append(seen[output][0])
         done += len(batch)
         progress("watch activations", done, len(images))
     back = np.argsort(np.concatenate(parts))
+    told = [name for name in magnitudes[0] if all(name in batch for batch in magnitudes)]
     return _Seen(
         tuple(tally.table({}) for tally in tallies),
         np.concatenate(contrasts)[back],
-        np.concatenate(magnitudes)[back],
+        np.concatenate([_columns(batch, told, len(part)) for batch, part in zip(magnitudes, logits, strict=True)])[
+            back
+        ],
         np.concatenate(logits)[back],
         glimpse.images,
     )
 
 
-def _magnitudes(seen: Any) -> NDArray[np.float32]:
-    """The largest magnitude of each activation, `[N, T]`."""
-    return np.stack([np.maximum(np.abs(low).max(axis=1), np.abs(high).max(axis=1)) for low, high, _ in seen], axis=1)
+def _magnitudes(seen: Mapping[str, Any], images: int) -> dict[str, NDArray[np.float32]]:
+    """The largest magnitude of each activation in each image, `[N]`, by name.
+
+    In an attention block the first axis may be heads or tokens of all images: these say nothing of one image.
+    """
+    return {
+        name: np.maximum(np.abs(low).max(axis=1), np.abs(high).max(axis=1))
+        for name, (low, high, _) in seen.items()
+        if len(low) == images
+    }
+
+
+def _columns(magnitudes: Mapping[str, NDArray[np.float32]], names: Sequence[str], images: int) -> NDArray[np.float32]:
+    """Of the activations with `names`, `[N, T]`."""
+    rows = np.array([magnitudes[name] for name in names], np.float32)
+    columns: NDArray[np.float32] = rows.reshape(len(names), images).T
+    return columns
 
 
 def _files(own: Signatures, judging: Signatures | None) -> Finding:
@@ -181,10 +203,18 @@ def _files(own: Signatures, judging: Signatures | None) -> Finding:
     )
 
 
-def _classes(images: ImageSet, logits: NDArray[np.float32], labels: Sequence[str]) -> Finding:
+def _classes(images: ImageSet, logits: NDArray[np.float32], labels: Sequence[str], fault: str) -> Finding:
     from edgewright.calibration.coverage import coverage, predicted_coverage
 
-    return predicted_coverage(logits, labels) if images.labels is None else coverage(images.labels, labels)
+    if images.labels is not None:
+        return coverage(images.labels, labels)
+    found = predicted_coverage(logits, labels)
+    if not fault:
+        return found
+    remedy = "name the folders, or write labels.csv, as the network's classes; calibration itself needs no labels"
+    return replace(
+        found, verdict=WARNING, evidence=(f"the labels are not used: {fault}", *found.evidence), remedy=remedy
+    )
 
 
 def _ranges(folded: ir.Model, quarters: tuple[CalibrationTable, ...], method: str) -> Finding:

@@ -73,7 +73,7 @@ def _checked(pipeline: Pipeline) -> CalibrationCheck:
     if context.source.quantized:
         raise ModelError(f"{context.options.model} came quantized", "there is nothing to calibrate")
     preprocess, labels = context.preprocess, pipeline.exported.labels
-    images, evaluation = _image_sets(pipeline)
+    images, evaluation, label_fault = _image_sets(pipeline)
     exported, folded = (ir.load(pipeline.workspace.path(each.path)) for each in (pipeline.exported, pipeline.folded))
     return check_calibration(
         exported,
@@ -82,31 +82,36 @@ def _checked(pipeline: Pipeline) -> CalibrationCheck:
         labels,
         images,
         evaluation,
+        label_fault=label_fault,
         method=context.options.method,
         threads=context.options.threads,
         progress=context.observer.progressed,
     )
 
 
-def _image_sets(pipeline: Pipeline) -> tuple[ImageSet, ImageSet | None]:
-    """The calibration images, and those that judge: what was given, or else what comes with the weights."""
+def _image_sets(pipeline: Pipeline) -> tuple[ImageSet, ImageSet | None, str]:
+    """The calibration images, those that judge, and why the labels of the first are not used, or "".
+
+    Both are what was given, or else what comes with the weights.
+    """
     from edgewright.calibration.datasets import image_folder
-    from edgewright.calibration.fashion_mnist import fashion_mnist_calibration, fashion_mnist_test
+    from edgewright.calibration.fashion_mnist import fashion_mnist_calibration
 
     options, graphs = pipeline.context.options, pipeline.graphs
+    judging = graphs.evaluation_images if options.evaluation is None and pipeline.context.source.data else None
+    if options.evaluation is not None:
+        judging = image_folder(options.evaluation)
     if options.calibration is None:
-        images = graphs.shipped(fashion_mnist_calibration, "calibration")
-        judging = fashion_mnist_test() if options.evaluation is None else image_folder(options.evaluation)
-        return images, judging
-    images = _labelled(options.calibration, pipeline.exported.labels)
-    return images, None if options.evaluation is None else image_folder(options.evaluation)
+        return graphs.shipped(fashion_mnist_calibration, "calibration"), judging, ""
+    images, fault = _labelled(options.calibration, pipeline.exported.labels)
+    return images, judging, fault
 
 
-def _labelled(folder: Path, labels: tuple[str, ...]) -> ImageSet:
-    """With labels where the folder tells the classes of the network: calibration needs none."""
+def _labelled(folder: Path, labels: tuple[str, ...]) -> tuple[ImageSet, str]:
+    """With labels where the folder tells the classes of the network, else why not: calibration needs none."""
     from edgewright.calibration.datasets import image_folder
 
     try:
-        return image_folder(folder, labels)
-    except DataError:
-        return replace(image_folder(folder), labels=None)
+        return image_folder(folder, labels), ""
+    except DataError as error:
+        return replace(image_folder(folder), labels=None), error.message

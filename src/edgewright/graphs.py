@@ -277,6 +277,11 @@ class Graphs:
                 f"{self._options.model} gives features {shape}, no logits, so that no accuracy can be judged",
                 "edgewright build makes its engines",
             )
+        if len(self.exported.labels) < 2:
+            raise ModelError(
+                f"{self._options.model} gives a single logit, so that there is no class to choose",
+                "let it give two, the second 0: edgewright build makes engines of either",
+            )
         if calibration and self._options.calibration is None:
             self.shipped(fashion_mnist_calibration, "calibration")
         _ = self.evaluation_images

@@ -55,13 +55,19 @@ class Case:
 
 
 def cases_of(outcome: Outcome) -> list[Case]:
-    """A case per engine of a run."""
-    return [_case(row) for row in outcome.rows]
+    """A case per engine of a run; and one of the verdict, where that is no PASS and no engine is to blame."""
+    cases = [_case(row) for row in outcome.rows]
+    if outcome.verdict == "pass" or any(case.result in ("failure", "error") for case in cases):
+        return cases
+    what = "no engine passes" if outcome.verdict == "fail" else "no engine could be run here"
+    return [*cases, Case("verdict", "failure", outcome.verdict, f"{outcome.verdict.upper()}: {what}")]
 
 
 def cases_of_device(report: DeviceReport) -> list[Case]:
-    """A case per engine of a bundle that is kept on this device."""
-    return [_device_case(row) for row in report.rows]
+    """A case per engine of a bundle that is kept on this device; one that fails, if there are none."""
+    return [_device_case(row) for row in report.rows] or [
+        Case("self-test", "failure", "nothing_proven", "no engine that was asked for is kept for this device")
+    ]
 
 
 def error_case(error: EdgewrightError) -> Case:

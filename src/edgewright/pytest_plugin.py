@@ -23,14 +23,22 @@ class BuildFixture(Protocol):
         """The model, whose engines are built when they are asked for; options as `edgewright engine` has them."""
 
 
+def _cached(pytestconfig: pytest.Config) -> Path | None:
+    """A folder of pytest's cache; None without one, or where nothing can be written."""
+    cache: Any = getattr(pytestconfig, "cache", None)
+    try:
+        return None if cache is None else Path(cache.mkdir("edgewright"))
+    except OSError:
+        return None
+
+
 @pytest.fixture(scope="session")
 def edgewright_build(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> BuildFixture:
     """Engines of one's own model: `edgewright_build("net.py:model", ...).assert_parity("onnxruntime", "int8")`.
 
     What is built is kept in pytest's cache, and used again as long as nothing that decides it has changed.
     """
-    cache: Any = getattr(pytestconfig, "cache", None)
-    folder: Path = tmp_path_factory.mktemp("edgewright") if cache is None else cache.mkdir("edgewright")
+    folder = _cached(pytestconfig) or tmp_path_factory.mktemp("edgewright")
     worker = getattr(pytestconfig, "workerinput", {}).get("workerid", "")  # of xdist: each has its own build folder
 
     def build(model: str, **options: Any) -> BuiltModel:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from edgewright.runtime.errors import ParityError
 from edgewright.runtime.figures import further_figures
@@ -69,6 +70,10 @@ def assert_parity(
 
 def _logits(reference: Answers, engine: Answers, images: Any) -> tuple[NDArray[Any], NDArray[Any]]:
     """Of both, `[N, classes]`."""
+    if isinstance(images, str | Path | Image.Image):
+        raise ParityError("images is a single image", "put it into a list")
+    if images is not None and not len(images):
+        raise ParityError("there are no images", "give one or more")
     if images is not None and not isinstance(images, np.ndarray):
         images = _preprocessed(images, reference, engine)
     return _answers(reference, images, "reference"), _answers(engine, images, "engine")
@@ -107,14 +112,15 @@ def _of_function(function: Callable[[Any], Any], images: NDArray[np.float32]) ->
     import torch
 
     assert isinstance(function, torch.nn.Module)
-    training = function.training
+    modes = [(module, module.training) for module in function.modules()]
     function.eval()
     try:
         with torch.inference_mode():
             device = next((parameter.device for parameter in function.parameters()), torch.device("cpu"))
             return np.concatenate([_array(function(torch.from_numpy(part).to(device))) for part in _parts(images)])
     finally:
-        function.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _parts(images: NDArray[np.float32], size: int | None = None) -> Sequence[NDArray[np.float32]]:
@@ -122,8 +128,18 @@ def _parts(images: NDArray[np.float32], size: int | None = None) -> Sequence[NDA
 
 
 def _array(logits: Any) -> NDArray[Any]:
-    """A tensor of PyTorch too, wherever it lies."""
-    return np.asarray(logits.detach().cpu() if hasattr(logits, "detach") else logits)
+    """A tensor of PyTorch too, wherever it lies, of any type of numbers. Raises `ParityError` if it is no array."""
+    if hasattr(logits, "detach"):
+        logits = logits.detach().cpu()
+        logits = logits.float() if logits.is_floating_point() else logits  # numpy knows no bfloat16
+    try:
+        if isinstance(logits, dict):
+            raise TypeError
+        return np.asarray(logits)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ParityError(
+            f"the logits are a {type(logits).__name__} that is no array", "give, or return, logits [N, classes] alone"
+        ) from error
 
 
 def _only(outputs: dict[str, NDArray[np.float32]]) -> NDArray[np.float32]:

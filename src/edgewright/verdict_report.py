@@ -38,7 +38,8 @@ def outcome_evidence(outcome: Outcome) -> list[str]:
 
 def evidence_lines(parity: Parity, figures: Figures | None = None) -> list[str]:
     """A line for each figure, before → after where it has a reference; at 80 columns, intervals 95 %."""
-    facts = [*_accuracy(parity), *_logits(parity), *([] if figures is None else _further(figures))]
+    answered = figures is not None and parity.nonfinite < parity.images
+    facts = [*_accuracy(parity), *_logits(parity), *(_further(figures) if figures is not None and answered else [])]
     return [f"  {name:<{HEADING - 2}}{fact}" for name, fact in facts]
 
 
@@ -57,7 +58,10 @@ def _logits(parity: Parity) -> Iterator[tuple[str, str]]:
         largest = f"largest difference {parity.max_abs:.3g}"
         yield "logits", f"SQNR {parity.sqnr_db:.1f} dB, cosine {parity.cosine:.4f}, {largest}"
     if parity.nonfinite:
-        yield "not finite", f"{parity.nonfinite:,} images; they count as wrong"
+        yield (
+            "not finite",
+            f"{parity.nonfinite:,} images; they count as {'wrong' if parity.labelled else 'disagreeing'}",
+        )
 
 
 def _further(figures: Figures) -> Iterator[tuple[str, str]]:

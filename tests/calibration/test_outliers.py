@@ -27,14 +27,17 @@ def test_the_score_is_scipys_median_absolute_deviation() -> None:
     logarithms = np.log(USUAL.astype(np.float64))
     deviation = median_abs_deviation(logarithms, axis=0, scale="normal")
     expected = np.median(abs(logarithms - np.median(logarithms, axis=0)) / deviation, axis=1)
-    np.testing.assert_allclose(unusual(USUAL), expected, rtol=1e-4)
+    scores = unusual(USUAL)
+    assert scores is not None
+    np.testing.assert_allclose(scores, expected, rtol=1e-4)
 
 
 def test_activations_that_are_always_the_same_say_nothing() -> None:
     clamped = np.concatenate([USUAL, np.full((40, 30), 6, np.float32), np.zeros((40, 30), np.float32)], axis=1)
     np.testing.assert_array_equal(unusual(clamped), unusual(USUAL))
-    assert not unusual(clamped[:, 25:]).any()
-    assert not unusual(USUAL[:, :15]).any(), "too few activations to tell"
+    assert unusual(clamped[:, 25:]) is None
+    assert unusual(USUAL[:, :15]) is None, "too few activations to tell"
+    assert unusual(USUAL[:15]) is None, "too few images to tell"
 
 
 def test_nothing_is_said_of_ordinary_images() -> None:
@@ -70,5 +73,8 @@ def test_many_are_a_problem_and_of_few_images_none_is_unusual() -> None:
     activations[3] *= 100
     few = outliers(NAMES[:15], CONTRASTS[:15], activations)
     assert few.verdict == OK
-    assert few.evidence[0].endswith("what is usual for activations is not known of fewer than 16")
+    assert few.evidence[0].endswith("what is usual is not known of fewer than 16 images")
+    narrow = outliers(NAMES, CONTRASTS, USUAL[:, :15])
+    assert narrow.verdict == OK
+    assert narrow.evidence[0].endswith("what is usual is not known of so few activations that differ")
     assert "standard deviations" in outliers(NAMES, CONTRASTS, USUAL).evidence[0]
