@@ -187,6 +187,10 @@ def test_an_error_ends_in_the_file_too(tmp_path: Path) -> None:
         fails()
     (case,) = written(tmp_path / "j.xml").iter("testcase")
     assert case[0].attrib == {"type": "DataError", "message": "no images; give some"}
+    with pytest.raises(ZeroDivisionError), reported_to(tmp_path / "j.xml", "m"):
+        _ = 1 / 0
+    (case,) = written(tmp_path / "j.xml").iter("testcase")
+    assert case[0].tag == "error"
     assert error_case(DataError("a", "b")).result == "error"
 
 

@@ -171,6 +171,12 @@ def test_features_are_built_but_not_judged(command: Command, place: Path, images
     assert "gives features 2048×1×1, no logits" in command("engine", *said).error
 
 
+def test_a_single_logit_chooses_no_class(command: Command, place: Path, images: Any) -> None:
+    (place / "labels.txt").write_text("one\n")
+    said = ("net.py:make", "--option", "classes=1", "--labels", "labels.txt", *SHAPE, *NORMALIZATION)
+    assert "gives a single logit" in command("engine", *said, "--calibration", images.calibration).error
+
+
 def test_inspect(command: Command, place: Path) -> None:
     shown = command("inspect", "net.py:make", *SHAPE)
     assert "Conv+BN+ReLU" in shown.out

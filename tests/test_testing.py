@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from edgewright.runtime.errors import EngineError, ParityError
+from edgewright.runtime.figures import further_figures
+from edgewright.runtime.parity import compare
 from edgewright.runtime.session import Session
 from edgewright.testing import assert_parity
+from edgewright.verdict_report import evidence_lines
 from one_hot import one_hot
 from toy_build import PREPROCESS, engine, expected_logits, normal, photograph, put_engine
 
@@ -38,6 +41,17 @@ def test_beyond_the_budget_it_says_the_verdict_and_the_numbers() -> None:
     assert lines[1] == "  top-1        100.00 → 99.00 %, 100 lost, 0 gained, exact McNemar p 1.6e-30"
     assert any(line.startswith("  worst class  class 0: 100.00 → 99.00 % of 10,000 images") for line in lines)
     assert max(map(len, lines)) <= 80
+
+
+def test_a_long_name_of_the_worst_class_leaves_room_for_its_figures() -> None:
+    labels = np.arange(20_000) % 2
+    reference, engine = np.eye(2)[labels], np.eye(2)[labels]
+    reference[:2000:2] = engine[2:5000:2] = [0, 1]
+    figures = further_figures(reference, engine, labels, ("a name of many letters, a synonym", "b"))
+    (line,) = (line for line in evidence_lines(compare(reference, engine, labels), figures) if "worst class" in line)
+    assert len(line) <= 80
+    assert line.startswith("  worst class  a name of ")
+    assert "…: 90.00 → " in line
 
 
 def test_too_few_images_fail_unless_they_may() -> None:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Literal
 from xml.etree import ElementTree
 
 from edgewright.outcome import EngineRow, Outcome
-from edgewright.runtime.errors import EdgewrightError
 from edgewright.runtime.files import write_bytes
 from edgewright.verdict_report import evidence_lines
 
@@ -70,7 +69,7 @@ def cases_of_device(report: DeviceReport) -> list[Case]:
     ]
 
 
-def error_case(error: EdgewrightError) -> Case:
+def error_case(error: Exception) -> Case:
     """The case of a run that ended in an error."""
     return Case("run", "error", type(error).__name__, str(error))
 
@@ -88,7 +87,7 @@ def reported_to(path: Path | None, model: str) -> Iterator[Callable[[Sequence[Ca
         write_junit(path, suite, kept)
     try:
         yield kept.extend
-    except EdgewrightError as error:
+    except Exception as error:  # also of a fault of ours: what follows from it is not for this file to say
         kept[:] = [error_case(error)]
         raise
     finally:

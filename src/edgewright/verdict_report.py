@@ -79,8 +79,8 @@ def _further(figures: Figures) -> Iterator[tuple[str, str]]:
 def _worst_class(worst: ClassLoss) -> str:
     low, high = (100 * bound for bound in worst.loss_ci95)
     accuracy = _change(worst.reference_right / worst.images, worst.right / worst.images)
-    counts = f"{accuracy} of {worst.images:,} images, loss [{low:.1f}, {high:.1f}]"
-    return f"{_class_name(worst.label, worst.index)}: {counts}"
+    counts = f": {accuracy} of {worst.images:,} images, loss [{low:.1f}, {high:.1f}]"
+    return _class_name(worst.label, worst.index, min(LONGEST_NAME, WIDTH - HEADING - len(counts))) + counts
 
 
 def _change(before: float | None, after: float | None) -> str:
@@ -94,10 +94,10 @@ def _cell(change: ConfusionChange) -> str:
     return f"{true} as {predicted}: {change.reference} → {change.engine}"
 
 
-def _class_name(label: str, index: int) -> str:
-    """The first of its synonyms, cut to twenty letters."""
+def _class_name(label: str, index: int, longest: int = LONGEST_NAME) -> str:
+    """The first of its synonyms, cut to so many letters."""
     name = label.partition(",")[0] or f"class {index}"
-    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
 
 
 def _that_fit(words: Sequence[str]) -> str:
