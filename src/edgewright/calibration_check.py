@@ -158,12 +158,11 @@ def _seen(folded: ir.Model, images: ImageSet, preprocess: Preprocess, threads: i
         progress("watch activations", done, len(images))
     back = np.argsort(np.concatenate(parts))
     told = [name for name in magnitudes[0] if all(name in batch for batch in magnitudes)]
+    columns = [_columns(batch, told, len(part)) for batch, part in zip(magnitudes, logits, strict=True)]
     return _Seen(
         tuple(tally.table({}) for tally in tallies),
         np.concatenate(contrasts)[back],
-        np.concatenate([_columns(batch, told, len(part)) for batch, part in zip(magnitudes, logits, strict=True)])[
-            back
-        ],
+        np.concatenate(columns)[back],
         np.concatenate(logits)[back],
         glimpse.images,
     )

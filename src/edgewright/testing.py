@@ -131,7 +131,7 @@ def _array(logits: Any) -> NDArray[Any]:
     """A tensor of PyTorch too, wherever it lies, of any type of numbers. Raises `ParityError` if it is no array."""
     if hasattr(logits, "detach"):
         logits = logits.detach().cpu()
-        logits = logits.float() if logits.is_floating_point() else logits  # numpy knows no bfloat16
+        logits = logits.float() if "bfloat16" in str(logits.dtype) else logits  # numpy does not know it
     try:
         if isinstance(logits, dict):
             raise TypeError
