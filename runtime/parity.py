@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .intervals import PairedCounts, mcnemar_exact_p, newcombe_paired_interval, wilson_interval
 from .logits import checked_labels, checked_logits, chunks, finite_or_zero, finite_reference
 
-__all__ = ["PairedCounts", "Parity", "Source", "compare"]
+__all__ = ["SQNR_LIMIT_DB", "PairedCounts", "Parity", "Source", "compare"]
 
 Source = Literal["engine", "simulation"]
 

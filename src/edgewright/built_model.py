@@ -39,7 +39,8 @@ def _words(options: Mapping[str, Any], command: click.Command) -> Iterator[str]:
     for name, value in options.items():
         words = name.replace("_", "-")
         if value is False and name in known:
-            yield from (f"--no-{words}" for _ in known[name].secondary_opts)
+            if known[name].secondary_opts:  # a flag without a --no-… is off unless it is written
+                yield f"--no-{words}"
         elif isinstance(value, bool):
             yield f"--{words}"
         elif isinstance(value, Mapping):

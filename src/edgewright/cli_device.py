@@ -80,10 +80,8 @@ def verify_engines(
         keep(cases_of_device(report))
     _print_report(report, "device-verify", as_json)
     if not report.rows:
-        asked = " ".join((*backends, *precisions))
-        say(
-            f"no {asked + ' ' if asked else ''}engine of this bundle is kept for this device; edgewright build {bundle}"
-        )
+        asked = " ".join((*backends, *precisions, "engine"))
+        say(f"no {asked} of this bundle is kept for this device; edgewright build {bundle}")
     return _exit_code(report, asked_for=False)
 
 

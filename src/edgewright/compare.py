@@ -7,7 +7,7 @@ longer does, and a build of which none passes any more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class EnginePair:
     At least one of them was judged. `accuracy` and `latency` are None where they could not be compared.
 
     * broke: whether it passed in the first and fails in the second by the same gates
+    * gaps: what could not be compared as it should, and why
     """
 
     name: str
@@ -45,6 +46,7 @@ class EnginePair:
     accuracy: AccuracyChange | None
     latency: LatencyChange | None
     broke: bool
+    gaps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,36 +89,42 @@ def compare_builds(first: Build, second: Build) -> Comparison:
     contradict each other.
     """
     rows, others = _by_name(first), _by_name(second)
-    differences = _differences(first, second)
-    timing = _timing_difference(first, second)
-    slowdown = 0.0 if timing else slowdown_of_the_same(first, second, rows, others)
-    pairs: list[EnginePair] = []
-    notes = list(_notes(first, second, timing))
-    unpaired: list[str] = []
-    untimed: dict[str, str] = {}
-    for name in dict.fromkeys([*rows, *others]):
-        row, other = rows.get(name), others.get(name)
-        if not (_judged(row) or _judged(other)):
-            continue
-        accuracy, latency = None, None
-        if row is not None and other is not None and _judged(row) and _judged(other):
-            if first.labelled == second.labelled:
-                accuracy, missing = accuracy_change(first, second, row, other)
-                unpaired += [name] if missing else []
-            if not timing:
-                latency, reason = latency_change(first, second, row, other, slowdown)
-                untimed |= {name: reason} if reason else {}
-        pairs.append(EnginePair(name, row, other, accuracy, latency, _broke(row, other, "gates" not in differences)))
-        notes += _changed_status(pairs[-1])
-    notes += _not_compared(unpaired, untimed)
-    both = first.labelled and second.labelled
-    found = Comparison(first, second, both, tuple(pairs), differences, tuple(notes))
+    differences, timing = _differences(first, second), _timing_difference(first, second)
+    slowdown = None if timing else slowdown_of_the_same(first, second, rows, others)
+    pairs = tuple(
+        _pair(name, first, second, rows.get(name), others.get(name), slowdown, same_gates="gates" not in differences)
+        for name in dict.fromkeys([*rows, *others])
+        if _judged(rows.get(name)) or _judged(others.get(name))
+    )
+    notes = (*_notes(first, second, timing), *_notes_on(pairs))
+    found = Comparison(first, second, first.labelled and second.labelled, pairs, differences, notes)
     if not found.regressions and not any(pair.accuracy or pair.latency for pair in pairs):
         raise ParityError(
             "; ".join(["nothing of A and B can be compared", *notes, f"A has {_names(rows)}, B has {_names(others)}"]),
             "compare builds with the same backend, precision and target, judged on the same images",
         )
     return found
+
+
+def _pair(
+    name: str,
+    first: Build,
+    second: Build,
+    row: Document | None,
+    other: Document | None,
+    slowdown: float | None,
+    *,
+    same_gates: bool,
+) -> EnginePair:
+    """`slowdown`: of the engines that are the same in both builds, None if their clocks are not to be compared."""
+    broke = _broke(row, other, same_gates)
+    if row is None or other is None or not (_judged(row) and _judged(other)):
+        return EnginePair(name, row, other, None, None, broke)
+    accuracy, unpaired = None, ""
+    if first.labelled == second.labelled:
+        accuracy, unpaired = accuracy_change(first, second, row, other)
+    latency, untimed = (None, "") if slowdown is None else latency_change(first, second, row, other, slowdown)
+    return EnginePair(name, row, other, accuracy, latency, broke, tuple(gap for gap in (unpaired, untimed) if gap))
 
 
 def _by_name(build: Build) -> dict[str, Document]:
@@ -144,19 +152,14 @@ def _broke(row: Document | None, other: Document | None, same_gates: bool) -> bo
     return _status(row) == "verified" and _status(other) in worse
 
 
-def _changed_status(pair: EnginePair) -> Iterator[str]:
-    """What became of an engine that passed, where that is not known to be worse."""
-    if _status(pair.first) == "verified" and not pair.broke and _status(pair.second) != "verified":
-        reason = "" if pair.second is None or not pair.second["reason"] else f": {pair.second['reason']}"
-        yield f"{pair.name} is verified in A and {_told(pair.second)} in B{reason}"
-
-
-def _not_compared(unpaired: list[str], untimed: Mapping[str, str]) -> Iterator[str]:
-    if unpaired:
-        yield f"logits are not there, so that losses are not paired: {_some(unpaired)}"
-    for reason in dict.fromkeys(untimed.values()):
-        names = [name for name, why in untimed.items() if why == reason]
-        yield f"latencies are not compared, {reason}: {_some(names)}"
+def _notes_on(pairs: Sequence[EnginePair]) -> Iterator[str]:
+    """What became of engines that passed, where that is not known to be worse; and the gaps, each once."""
+    for pair in pairs:
+        if _status(pair.first) == "verified" and not pair.broke and _status(pair.second) != "verified":
+            reason = "" if pair.second is None or not pair.second["reason"] else f": {pair.second['reason']}"
+            yield f"{pair.name} is verified in A and {_told(pair.second)} in B{reason}"
+    for gap in dict.fromkeys(gap for pair in pairs for gap in pair.gaps):
+        yield f"{gap}: {_some([pair.name for pair in pairs if gap in pair.gaps])}"
 
 
 def _some(names: list[str]) -> str:

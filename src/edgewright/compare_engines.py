@@ -104,15 +104,16 @@ class LatencyChange:
         return not self.same and self.low > 1 + self.tolerance
 
 
-def accuracy_change(first: Build, second: Build, row: Document, other: Document) -> tuple[AccuracyChange, bool]:
-    """Of rows that are both judged with labels, or both without; and whether they should have been paired and are not.
+def accuracy_change(first: Build, second: Build, row: Document, other: Document) -> tuple[AccuracyChange, str]:
+    """Of rows that are both judged with labels, or both without; and why they are not paired though they should be.
 
     Logits that are not those of the report, since another run has replaced them, pair nothing.
     """
     same_images = first.images is not None and first.images == second.images
     bits, other_bits = (_bits(first, row), _bits(second, other)) if same_images else (None, None)
     if bits is None or other_bits is None or bits.shape != other_bits.shape:
-        return _unpaired(row, other), same_images
+        gap = "logits are not there, so that losses are not paired" if same_images else ""
+        return _unpaired(row, other), gap
     cells = (
         int((bits & other_bits).sum()),
         int((bits & ~other_bits).sum()),
@@ -120,7 +121,7 @@ def accuracy_change(first: Build, second: Build, row: Document, other: Document)
         int((~bits & ~other_bits).sum()),
     )
     low, high = newcombe_paired_interval(*cells)
-    return AccuracyChange(True, (cells[1] - cells[2]) / len(bits), low, high), False
+    return AccuracyChange(True, (cells[1] - cells[2]) / len(bits), low, high), ""
 
 
 def latency_change(
@@ -134,9 +135,9 @@ def latency_change(
         f"{time[name]} and {other_time[name]} {name}" for name in ("threads", "batch") if time[name] != other_time[name]
     ]
     if unlike:
-        return None, f"measured with {', '.join(unlike)}"
+        return None, f"latencies are not compared, measured with {', '.join(unlike)}"
     if not time.get("p50_ci95") or not other_time.get("p50_ci95"):
-        return None, "a report has no interval of the median"
+        return None, "latencies are not compared, a report has no interval of the median"
     (low, high), (other_low, other_high) = time["p50_ci95"], other_time["p50_ci95"]
     change = LatencyChange(
         other_time["p50"] / time["p50"],

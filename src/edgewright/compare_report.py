@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgewright.compare import Comparison, EnginePair
 from edgewright.compare_engines import Build
-from edgewright.report_view import megabytes, milliseconds, per_cent, points
+from edgewright.report_view import decibels, megabytes, milliseconds, per_cent, points
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,7 +100,7 @@ def _both(value: str, other: str) -> str:
 
 
 def _decibels(value: float | None) -> str:
-    return "" if value is None else "exact" if value >= 300 else f"{value:.1f}"
+    return "" if value is None else decibels(value).removesuffix(" dB")
 
 
 def compare_lines(found: Comparison) -> Iterator[str]:

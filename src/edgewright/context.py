@@ -82,6 +82,11 @@ class Options:
         return budget_of(self.gates)
 
     @property
+    def limits(self) -> dict[str, float]:
+        """Of the gates, by their names: fractions, or decibels."""
+        return {gate.name: gate.limit for gate in self.gates}
+
+    @property
     def request(self) -> ModelRequest:
         """What is said about the network."""
         return ModelRequest(self.model, self.weights, self.model_options, self.completion, self.already_quantized)

@@ -36,11 +36,8 @@ PLACING_SECONDS = 6.0
 PLACING_CODE = ("optimize", "runtime/backends", *(f"runtime/{file}.py" for file in ("audit", "intervals", "latency")))
 LADDER_CODE = (
     *("ladder.py", "rungs.py", "frontier.py", "finetuning.py", "learned"),
-    *(
-        "graphs.py",
-        "runtime/logits.py",
-        "runtime/parity.py",
-    ),  # which images a climb sees, and how far their logits are from FP32's
+    # which images a climb sees, and how far their logits are from FP32's
+    *("graphs.py", "runtime/logits.py", "runtime/parity.py"),
     *(f"calibration/{file}.py" for file in ("calib_cache", "collect", "division", "observers", "ranges", "sessions")),
 )
 

@@ -87,7 +87,7 @@ def reported_to(path: Path | None, model: str) -> Iterator[Callable[[Sequence[Ca
         write_junit(path, suite, kept)
     try:
         yield kept.extend
-    except Exception as error:  # also of a fault of ours: what follows from it is not for this file to say
+    except Exception as error:  # also a fault of ours: a file without cases would look like success
         kept[:] = [error_case(error)]
         raise
     finally:

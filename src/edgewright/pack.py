@@ -254,7 +254,7 @@ def _parity(pipeline: Pipeline, outcome: Outcome, name: str) -> dict[str, Any]:
         "model": name,
         "verdict": outcome.verdict,
         "budget": pipeline.context.options.budget,
-        "gates": {gate.name: gate.limit for gate in pipeline.context.options.gates},
+        "gates": pipeline.context.options.limits,
         "images": pipeline.graphs.evaluation_images.identity,
         "reference": document["reference"],
         "engines": [{key: row[key] for key in row if key not in ("path", "latency_ms")} for row in document["engines"]],

@@ -33,7 +33,6 @@ def provenance_of(pipeline: Pipeline, arguments: Sequence[str]) -> dict[str, Any
     """
     context = pipeline.context
     images = pipeline.graphs.evaluation_images
-    gates = {gate.name: gate.limit for gate in context.options.gates}
     versions = dict(each.rsplit(" ", 1) for each in library_versions(*LIBRARIES).split(", "))
     return {
         "command": command_line(arguments),
@@ -45,7 +44,7 @@ def provenance_of(pipeline: Pipeline, arguments: Sequence[str]) -> dict[str, Any
         "weights": context.source.fingerprint,
         "graph": pipeline.folded.sha256,
         "evaluation": {"name": images.name, "identity": images.identity, "images": len(images)},
-        "options": {**_plain(context.options), "gates": gates, "budget": context.options.budget},
+        "options": _plain(context.options) | {"gates": context.options.limits, "budget": context.options.budget},
     }
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "audit_table",
     "engine_document",
     "engine_table",
+    "in_points",
     "in_short",
     "remarks",
     "stage_document",
@@ -287,10 +288,11 @@ def _loss(row: EngineRow) -> str:
     if row.parity is None:
         return ""
     low, high = row.parity.loss_ci95
-    return f"{_points(row.parity.loss)} [{_points(low)}, {_points(high)}]"
+    return f"{in_points(row.parity.loss)} [{in_points(low)}, {in_points(high)}]"
 
 
-def _points(share: float) -> str:
+def in_points(share: float) -> str:
+    """A difference of shares, 0.0027 as "0.27"."""
     return f"{round(100 * share, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
 
 

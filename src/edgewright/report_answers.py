@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from edgewright.report_view import engine_name, per_cent, points
+from edgewright.report_view import decibels, engine_name, per_cent, points
 
 __all__ = ["classes_table", "confusion_rows", "figures_table", "gate_rows"]
 
@@ -121,7 +121,7 @@ def _cell(field: str, value: Any) -> str:
     if unit == "share":
         return f"{per_cent(value)} %"
     if unit == "dB":
-        return "exact" if value >= 300 else f"{value:.1f} dB"
+        return decibels(value)
     if unit == "cosine":
         return f"{value:.5f}"
     if isinstance(value, float):

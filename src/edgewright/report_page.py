@@ -88,6 +88,7 @@ def _environment() -> Any:
         view.points,
         view.milliseconds,
         view.megabytes,
+        view.decibels,
         view.bar,
         view.short,
     ):

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from edgewright.report import in_short
+from edgewright.report import in_points, in_short
 from edgewright.runtime.gates import DEFAULT_BUDGET
+from edgewright.runtime.parity import SQNR_LIMIT_DB
 
 __all__ = [
     "STATUS_WORDS",
     "bar",
+    "decibels",
     "decisive",
     "engine_name",
     "headline",
@@ -120,7 +122,8 @@ def _times(plain: Document | None, latency: Document) -> str:
     if plain is None or plain["latency_ms"] is None:
         return ""
     ratio = plain["latency_ms"]["p50"] / latency["p50"]
-    return f"{f'{ratio:.2g}' if ratio < 100 else f'{ratio:.0f}'} × as fast as {engine_name(plain)}"
+    times = f"{ratio:.2g}" if ratio < 100 else f"{ratio:.0f}"
+    return f"{times} × as fast as {engine_name(plain)}"
 
 
 def _smaller(plain: Document | None, best: Document) -> str:
@@ -134,12 +137,21 @@ def per_cent(share: float | None, digits: int = 2) -> str:
 
 def points(share: float) -> str:
     """A difference of shares in points, with a sign that is a minus: 0.0027 as "0.27"."""
-    return f"{100 * share:.2f}".replace("-0.00", "0.00").replace("-", "−")
+    return in_points(share).replace("-", "−")
 
 
 def milliseconds(value: float | None) -> str:
     """Three digits."""
     return "" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def decibels(value: float | None) -> str:
+    """An SQNR; at its limits nothing differs, or nothing is left of the signal."""
+    if value is None:
+        return "not known"
+    if abs(value) >= SQNR_LIMIT_DB:
+        return "exact" if value > 0 else "none"
+    return f"{value:.1f} dB"
 
 
 def megabytes(count: float | None) -> str:

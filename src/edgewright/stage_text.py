@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from edgewright.runtime.parity import SQNR_LIMIT_DB
 from edgewright.workspace import FIRST_TIME, StageRun
 
 __all__ = ["stage_details", "stage_line"]
 
 NAME_WIDTH, SECONDS_WIDTH, BYTES_WIDTH = 29, 7, 8  # columns
 KILOBYTE, MEGABYTE = 1e3, 1e6
-EXACT_DB = 300.0  # what stands for no error at all
 
 
 def stage_line(run: StageRun) -> str:
@@ -35,7 +35,7 @@ def stage_details(run: StageRun) -> Iterator[str]:
     if run.name.startswith("quantize"):
         for rung in facts["rungs"]:
             taken = "" if rung["taken"] else ", not taken"
-            sqnr = "exact" if rung["sqnr_db"] >= EXACT_DB else f"{rung['sqnr_db']:.1f} dB"
+            sqnr = "exact" if rung["sqnr_db"] >= SQNR_LIMIT_DB else f"{rung['sqnr_db']:.1f} dB"
             said = ", ".join(part for part in (rung["note"], sqnr, f"{rung['seconds']:.1f} s") if part)
             yield f"{rung['name']}{taken}: {said}"
         yield from facts.get("notes", ())[1:]  # the first says of the rungs what their own lines say
