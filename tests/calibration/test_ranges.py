@@ -1,18 +1,15 @@
-"""Histograms against `np.histogram`, and the range methods against brute force and second implementations."""
+"""The range methods against brute force and second implementations."""
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from scipy.special import expit
 
 from edgewright.calibration import ranges as module
@@ -20,7 +17,6 @@ from edgewright.calibration.collect import CalibrationTable
 from edgewright.calibration.ranges import (
     HALF_BINS,
     METHODS,
-    Histogram,
     Range,
     entropy_range,
     minmax_range,
@@ -32,170 +28,7 @@ from edgewright.calibration.ranges import (
     symmetric_mse_range,
 )
 from edgewright.runtime.errors import CalibrationError
-
-Array = NDArray[Any]
-
-FLOAT32 = np.finfo(np.float32)
-SMALLEST = float(FLOAT32.smallest_subnormal)
-
-
-def seeded(seed: int = 0) -> np.random.Generator:
-    return np.random.default_rng([2026, seed])
-
-
-def add(histogram: Histogram, values: Any) -> Histogram:
-    array = np.asarray(values, np.float32)
-    histogram.add(array, float(array.min()), float(array.max()))
-    return histogram
-
-
-def of(*batches: Any) -> Histogram:
-    histogram = Histogram.empty()
-    for batch in batches:
-        add(histogram, batch)
-    return histogram
-
-
-def same(one: Histogram, other: Histogram) -> bool:
-    numbers = [(h.minimum, h.maximum, h.exponent) for h in (one, other)]
-    return numbers[0] == numbers[1] and np.array_equal(one.counts, other.counts)
-
-
-def edges(histogram: Histogram) -> Array:
-    """The bin edges in float64, `[2 · HALF_BINS + 1]`, all exact."""
-    return np.ldexp(np.arange(-HALF_BINS, HALF_BINS + 1, dtype=np.float64), histogram.exponent)
-
-
-def expected_counts(values: Any, histogram: Histogram) -> Array:
-    """numpy's histogram on the final bins; its last bin is closed, but no value lies on that edge."""
-    return np.histogram(np.asarray(values, np.float32).astype(np.float64), edges(histogram))[0]
-
-
-finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
-nested = st.lists(st.lists(finite, min_size=1, max_size=6), min_size=1, max_size=5)
-
-
-# --- Histogram ---------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(nested, st.randoms(use_true_random=False))
-def test_histogram_does_not_depend_on_order_or_batches(batches: list[list[float]], random: Any) -> None:
-    values = [value for batch in batches for value in batch]
-    whole = of(values)
-    shuffled = random.sample(values, len(values))
-    cut = random.randint(1, len(values))
-    assert same(of(*batches), whole)
-    assert same(of(*([value] for value in shuffled)), whole)
-    assert same(of(*(part for part in (shuffled[:cut], shuffled[cut:]) if part)), whole)
-
-
-@settings(max_examples=150, deadline=None)
-@given(nested)
-def test_merged_bins_are_those_of_numpy_on_the_final_edges(batches: list[list[float]]) -> None:
-    values = np.array([value for batch in batches for value in batch], np.float32)
-    histogram = of(*batches)
-    np.testing.assert_array_equal(histogram.counts, expected_counts(values, histogram))
-    assert (histogram.minimum, histogram.maximum) == (values.min(), values.max())
-    assert histogram.counts.sum() == values.size
-
-
-def test_oracle_sees_one_value_in_a_wrong_bin() -> None:
-    values = seeded().normal(size=1000).astype(np.float32)
-    histogram = of(values)
-    occupied = np.flatnonzero(histogram.counts)[0]
-    histogram.counts[[occupied, occupied - 1]] += [-1, 1]
-    assert not np.array_equal(histogram.counts, expected_counts(values, histogram))
-
-
-@pytest.mark.parametrize("largest", [1.0, 0.75, 2.0**-20, 3.0e4, float(FLOAT32.max), float(FLOAT32.tiny) * 2**13])
-def test_bins_are_the_finest_power_of_two_that_holds_the_largest_value(largest: float) -> None:
-    histogram = of([-largest])
-    width = 2.0**histogram.exponent
-    assert width * HALF_BINS > largest >= width * HALF_BINS / 2
-
-
-def test_bins_close_below_and_open_above() -> None:
-    histogram = of(
-        [1.0, np.nextafter(np.float32(0.5), np.float32(0)), 0.5, -0.5, np.nextafter(np.float32(-0.5), np.float32(-1))]
-    )
-    width = 2.0**histogram.exponent
-    found = {int(index) - HALF_BINS: int(histogram.counts[index]) for index in np.flatnonzero(histogram.counts)}
-    half = round(0.5 / width)
-    assert found == {round(1 / width): 1, half: 1, half - 1: 1, -half: 1, -half - 1: 1}
-
-
-def test_samples_of_any_shape_count_and_the_bounds_may_be_wider() -> None:
-    values = seeded().normal(size=(4, 3, 5)).astype(np.float32)
-    histogram = Histogram.empty()
-    histogram.add(values, -9.0, 11.0)
-    assert (histogram.minimum, histogram.maximum) == (-9.0, 11.0)
-    np.testing.assert_array_equal(histogram.counts, expected_counts(values, histogram))
-    assert histogram.counts.sum() == 60
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        [0.0, 0.0],
-        [-0.0],
-        [SMALLEST],
-        [-SMALLEST],
-        [SMALLEST, 1e-40, 0.0],
-        [float(FLOAT32.tiny), -float(FLOAT32.tiny)],
-        [1e-38, 1e-37],
-        [-1e-30, 1e30],
-        [float(FLOAT32.max), float(FLOAT32.min), SMALLEST, -SMALLEST],
-        [3.5],
-        [-3.5],
-    ],
-    ids=str,
-)
-def test_extreme_values_are_counted_and_give_sound_ranges(values: list[float]) -> None:
-    histogram = of(values)
-    np.testing.assert_array_equal(histogram.counts, expected_counts(values, histogram))
-    assert same(of(*([value] for value in values[::-1])), histogram)
-    for choose in METHODS.values():
-        interval = choose(histogram).with_zero()
-        assert min(histogram.minimum, 0.0) <= interval.low <= 0.0 <= interval.high <= max(histogram.maximum, 0.0)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("place", ["samples", "minimum", "maximum"])
-def test_values_that_are_not_finite_are_refused_and_change_nothing(bad: float, place: str) -> None:
-    histogram = of([1.0, -2.0])
-    before = of([1.0, -2.0])
-    given_values = {"samples": np.array([0.5], np.float32), "minimum": 0.5, "maximum": 0.5}
-    given_values[place] = np.array([0.5, bad], np.float32) if place == "samples" else bad
-    with pytest.raises(CalibrationError, match="NaN or infinite"):
-        histogram.add(**given_values)  # type: ignore[arg-type]
-    assert same(histogram, before)
-
-
-@settings(max_examples=100, deadline=None)
-@given(nested)
-def test_json_round_trip_is_exact(batches: list[list[float]]) -> None:
-    histogram = of(*batches)
-    text = json.dumps(histogram.to_json(), allow_nan=False)
-    assert same(Histogram.from_json(json.loads(text)), histogram)
-
-
-def test_json_leaves_out_empty_ends_but_no_gap() -> None:
-    content = of([0.0, 1.0, -0.25]).to_json()
-    assert content["counts"][0] == content["counts"][-1] == 1
-    assert sum(content["counts"]) == 3
-    assert content["first_bin"] == -0.25 / 2.0 ** content["exponent"]
-
-
-def test_occupied_bins_carry_every_value_to_within_half_a_bin_and_zero_exactly() -> None:
-    values = np.concatenate([seeded().normal(size=400), np.zeros(600)]).astype(np.float32)
-    histogram = of(values)
-    centres, counts = histogram.occupied()
-    assert counts.sum() == 1000
-    assert counts[centres == 0.0] >= 600
-    errors = np.abs(np.sort(values) - np.repeat(centres, counts.astype(int)))
-    assert errors.max() <= 2.0**histogram.exponent
-
+from histograms import Array, nested, of, same, seeded
 
 # --- Ranges in general -------------------------------------------------------------------------------------------
 
