@@ -25,7 +25,7 @@ from edgewright.export.conventions import check_size, first_line
 from edgewright.runtime.errors import ModelError
 from edgewright.runtime.files import sha256_of
 
-__all__ = ["OnnxFile", "load_onnx", "read_onnx", "tensors_of"]
+__all__ = ["OnnxFile", "load_onnx", "read_onnx", "self_contained", "tensors_of"]
 
 MAX_BYTES = (1 << 31) - 1  # what protobuf can write in one piece
 READ_ONLY = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)  # a named pipe would wait for ever
@@ -94,6 +94,20 @@ def read_onnx(path: Path) -> OnnxFile:
     for value in proto.graph.input:
         check_size([max(dim.dim_value, 0) or None for dim in value.type.tensor_type.shape.dim], str(path))
     return OnnxFile(proto, f"sha256:{hashes[0] if len(hashes) == 1 else sha256_of(' '.join(hashes).encode())}")
+
+
+def self_contained(path: Path) -> bytes:
+    """The file as it is; if some of its tensors stand in other files, the model that `load_onnx` makes of it.
+
+    Raises `ModelError` if it is missing, no ONNX or broken, and for external data what `load_onnx` does.
+    """
+    with contextlib.ExitStack() as stack:
+        model = _model_stream(path, stack)
+        content = _read(model, 0, _size(model), str(path))
+    if not any(map(onnx.external_data_helper.uses_external_data, tensors_of(_parsed(content, path)))):
+        return content
+    whole: bytes = load_onnx(path).SerializeToString(deterministic=True)
+    return whole
 
 
 def _model_stream(path: Path, stack: contextlib.ExitStack) -> BinaryIO:

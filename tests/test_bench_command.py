@@ -8,15 +8,17 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from command import Command
 from contract import BENCH_DOCUMENT, ERROR_DOCUMENT, differences
+from edgewright import cli_bench
 from edgewright.bench_report import bench_lines
 from edgewright.runtime import latency
 from edgewright.runtime.bench import Bench, machine
 from fake_gpu import FakeGpu
-from timed_engines import FakeEngines, identity_onnx
+from timed_engines import FakeEngines, adding_onnx, identity_onnx
 from toy_build import put_engine, put_report
 
 NOW = ("--seconds", "0", "--threads", "1")  # ten runs each
@@ -150,7 +152,7 @@ def test_another_machine_is_refused(command: Command, build: Path) -> None:
     ("arguments", "said"),
     [
         (("none",), "there is no none; give a build folder, a bundle"),
-        (("text.onnx",), "text.onnx: onnxruntime cannot load the graph"),
+        (("text.onnx",), "text.onnx is not an ONNX file, or only a part of one; give"),
         (("text.txt",), "text.txt is nothing that can be run; give"),
         (("build", "--backend", "openvino"), "build has no openvino engine, it has onnxruntime fp32, onnxruntime int8"),
         (("build", "--vs", "text.txt"), "text.txt is nothing that can be run; give"),
@@ -170,6 +172,19 @@ def test_one_line_says_what_is_wrong(command: Command, build: Path, arguments: t
     assert command("bench", *arguments, *NOW).error.startswith(said)
     document = command("bench", *arguments, *NOW, "--json").document
     assert list(differences(document, ERROR_DOCUMENT)) == []
+
+
+def test_weights_beside_an_onnx_file(command: Command, build: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = adding_onnx(Path("theirs/net.onnx"), np.zeros((3, 4, 4), np.float32))
+    (result,) = command("bench", path, *NOW, "--json").document["results"]
+    assert result["bytes"] > path.stat().st_size
+    Path("theirs/weights.bin").unlink()
+    assert command("bench", path, *NOW).error.startswith("the external data of 'w' in theirs/net.onnx cannot be found")
+    monkeypatch.setattr(cli_bench, "READS_ONNX", ("not_installed",))
+    error = command("bench", path, *NOW).error
+    assert re.fullmatch(
+        r"theirs/net.onnx: onnxruntime cannot load .*; .* where edgewright\[build\] is installed", error
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .bench import Bench, bench, read_bench
-from .candidates import Candidate, Selection, baseline_of, candidates_of, selections_for
+from .candidates import Candidate, Selection, baseline_of, bytes_of_file, candidates_of, selections_for
 from .comparing import Comparison
 from .results import Distribution, Machine, Result, SetUp
 
@@ -18,6 +18,7 @@ __all__ = [
     "SetUp",
     "baseline_of",
     "bench",
+    "bytes_of_file",
     "candidates_of",
     "read_bench",
     "selections_for",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -18,11 +18,12 @@ from ..files import sha256_of
 from ..specs import EngineInfo, TensorSpec
 from .results import engine_words
 
-__all__ = ["Candidate", "Selection", "baseline_of", "candidates_of", "selections_for"]
+__all__ = ["Candidate", "Selection", "baseline_of", "bytes_of_file", "candidates_of", "selections_for"]
 
 ONNX_SUFFIX = ".onnx"
 OF_ONNX_FILES = "onnxruntime"
 WHAT_RUNS = "a build folder, a bundle, an engine with its .json beside it, or an .onnx file"
+WHOLE = "is it a whole ONNX file? Weights beside it are read where edgewright[build] is installed"
 PARTS = {
     "backends": "--backend",
     "precisions": "--precision",
@@ -78,7 +79,7 @@ class Candidate:
         try:
             return self.backend.open(self.engine, threads=threads, dla=dla)
         except EngineError as error:
-            remedy = "is it a whole ONNX file, with its weights inside?" if self.info is None else error.remedy
+            remedy = WHOLE if self.info is None else error.remedy
             raise EngineError(f"{self.path}: {error.message}", remedy) from error
 
 
@@ -126,8 +127,20 @@ def selections_for(selection: Selection, *paths: Path) -> tuple[Selection, ...]:
     return found
 
 
-def candidates_of(path: Path, selection: Selection) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
+def bytes_of_file(path: Path) -> bytes:
+    """Raises `EngineError` if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise EngineError(f"cannot read {path}: {error.strerror}", "check the path") from error
+
+
+def candidates_of(
+    path: Path, selection: Selection, *, graph_of: Callable[[Path], bytes] = bytes_of_file
+) -> tuple[tuple[Candidate, ...], tuple[str, ...]]:
     """The engines that `path` stands for, in the order in which they were asked for, and notes on those left out.
+
+    `graph_of` reads an ONNX file, with all its weights. What it raises is passed on.
 
     An engine that cannot run here is left out where others can. Raises `EngineError` if there is none to run, it is not
     what it should be, or `path` is nothing that can be run; `BundleError` and its kinds if a bundle is not taken.
@@ -143,12 +156,14 @@ def candidates_of(path: Path, selection: Selection) -> tuple[tuple[Candidate, ..
         raise EngineError(f"there is no {path}", f"give {WHAT_RUNS}")
     if _is_engine(path):
         return _runnable(path, [(str(path), _named(path))])
-    return _of_onnx_file(path, selection), ()
+    if path.suffix.lower() != ONNX_SUFFIX:
+        raise EngineError(f"{path} is nothing that can be run", f"give {WHAT_RUNS}")
+    return _of_graph(str(path), graph_of(path), selection.backends or (OF_ONNX_FILES,)), ()
 
 
-def baseline_of(path: Path, selection: Selection) -> Candidate:
+def baseline_of(path: Path, selection: Selection, *, graph_of: Callable[[Path], bytes] = bytes_of_file) -> Candidate:
     """The one engine that `path` stands for, to compare others with. Raises `EngineError` as `candidates_of` does."""
-    found, _ = candidates_of(path, replace(selection, everything=False))
+    found, _ = candidates_of(path, replace(selection, everything=False), graph_of=graph_of)
     if len(found) > 1:
         names = ", ".join(candidate.words for candidate in found)
         raise EngineError(
@@ -195,17 +210,11 @@ def _named(engine: Path) -> Choice:
     return replace(chosen(engine), why="named")
 
 
-def _of_onnx_file(path: Path, selection: Selection) -> tuple[Candidate, ...]:
-    if path.suffix.lower() != ONNX_SUFFIX:
-        raise EngineError(f"{path} is nothing that can be run", f"give {WHAT_RUNS}")
-    try:
-        graph = path.read_bytes()
-    except OSError as error:
-        raise EngineError(f"cannot read {path}: {error.strerror}", "check the path") from error
+def _of_graph(path: str, graph: bytes, backends: Iterable[str]) -> tuple[Candidate, ...]:
     found = []
-    for name in selection.backends or (OF_ONNX_FILES,):
+    for name in backends:
         backend = backend_named(name)
-        unread = Candidate(str(path), backend, backend.engine_of(graph), None, "an ONNX file, run as it is", ())
+        unread = Candidate(path, backend, backend.engine_of(graph), None, "an ONNX file, run as it is", ())
         with unread.open(threads=1) as runner:
             found.append(replace(unread, inputs=runner.inputs))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -19,6 +20,7 @@ __all__ = ["bench"]
 CAMERA = "1280x720"
 MOST_IMAGES, MOST_THREADS = 1024, 1024
 SAVED_SUFFIX = ".json"
+READS_ONNX = ("onnx", "onnx_ir")
 
 
 def _counts(least: int, most: int) -> Callable[..., Any]:
@@ -44,6 +46,17 @@ def _number(context: click.Context, parameter: click.Parameter, value: float) ->
     if value != value:  # a range lets NaN through
         raise click.BadParameter("nan is no number")
     return value
+
+
+def _graph_of(path: Path) -> bytes:
+    """The ONNX file, with the weights that stand beside it where the extra `build` is installed."""
+    from edgewright.runtime.bench import bytes_of_file
+
+    if not all(map(importlib.util.find_spec, READS_ONNX)):
+        return bytes_of_file(path)
+    from edgewright.export.onnx_files import self_contained
+
+    return self_contained(path)
 
 
 @click.command()
@@ -115,8 +128,8 @@ def bench(
     selection = Selection(backends, precisions, everything, trust)
     saved = vs is not None and vs.suffix == SAVED_SUFFIX
     meant, *of_other = selections_for(selection, *([path] if vs is None or saved else [path, vs]))
-    candidates, notes = candidates_of(path, meant)
-    baseline = None if vs is None else read_bench(vs) if saved else baseline_of(vs, *of_other)
+    candidates, notes = candidates_of(path, meant, graph_of=_graph_of)
+    baseline = None if vs is None else read_bench(vs) if saved else baseline_of(vs, *of_other, graph_of=_graph_of)
     counts = dict.fromkeys(count or cores_here() for count in threads)
     crowded = [f"more threads ({count}) than cores ({cores_here()})" for count in counts if count > cores_here()]
     found = measured(

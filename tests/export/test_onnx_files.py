@@ -11,8 +11,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
-from edgewright.export.onnx_files import load_onnx, read_onnx
+from edgewright.export.onnx_files import load_onnx, read_onnx, self_contained
 from edgewright.runtime.errors import ModelError
 
 WEIGHT = np.arange(12, dtype=np.float32).reshape(4, 3)
@@ -302,3 +303,27 @@ def test_the_fingerprint_is_that_of_what_was_read(tmp_path: Path) -> None:
     file = read_onnx(path)
     path.write_bytes(b"something else by now")
     assert file.fingerprint == "sha256:" + hashlib.sha256(file.proto.SerializeToString()).hexdigest()
+
+
+@CARRIERS
+def test_weights_from_beside_the_file_are_put_inside(carrier: Carrier, tmp_path: Path) -> None:
+    path = written(tmp_path, carrier(external("w.bin")))
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
+    whole = self_contained(path)
+    (tmp_path / "w.bin").unlink()
+    (y,) = ReferenceEvaluator(whole).run(None, {"x": np.eye(4, dtype=np.float32)})
+    np.testing.assert_array_equal(y, WEIGHT)
+
+
+def test_a_file_with_its_weights_inside_stays_as_it_is(tmp_path: Path) -> None:
+    model = in_initializer(numpy_helper.from_array(WEIGHT, "w"))
+    model.graph.node[0].op_type = "NotOfOnnx"  # that is for whoever runs it to say
+    path = written(tmp_path, model)
+    assert self_contained(path) == path.read_bytes()
+
+
+@pytest.mark.parametrize("location", ["../w.bin", "/w.bin", "none.bin"])
+def test_weights_from_elsewhere_are_not_put_inside(location: str, tmp_path: Path) -> None:
+    (tmp_path / "w.bin").write_bytes(WEIGHT.tobytes())
+    with pytest.raises(ModelError, match=r"the external data of 'w'"):
+        self_contained(written(tmp_path / "home", in_initializer(external(location))))

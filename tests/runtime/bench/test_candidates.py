@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edgewright.export.onnx_files import self_contained
 from edgewright.runtime.backends import BACKENDS, Absence
 from edgewright.runtime.bench import Selection, baseline_of, candidates_of, selections_for
 from edgewright.runtime.errors import BundleError, EngineError
-from timed_engines import identity_onnx
+from timed_engines import adding_onnx, identity_onnx
 from toy_build import engine, put_engine, put_report
 
 
@@ -140,6 +141,20 @@ def test_an_onnx_file_is_run_as_it_is(tmp_path: Path) -> None:
     batch = np.ones((2, 3, 4, 4), np.float32)
     with found.open(1) as runner:
         np.testing.assert_array_equal(runner.infer({"x": batch})["y"], batch)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_weights_beside_an_onnx_file(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(backend)
+    monkeypatch.undo()
+    values = np.random.default_rng(0).normal(size=(3, 4, 4)).astype(np.float32)
+    path = adding_onnx(tmp_path / "theirs" / "net.onnx", values)
+    adding_onnx(tmp_path / "net.onnx", -values)
+    monkeypatch.chdir(tmp_path)  # where weights of the same name are
+    ((found,), _) = candidates_of(path, Selection((backend,)), graph_of=self_contained)
+    assert len(found.engine) > path.stat().st_size
+    with found.open(1) as runner:
+        np.testing.assert_array_equal(runner.infer({"x": np.zeros((1, 3, 4, 4), np.float32)})["y"], values[None])
 
 
 def test_somebody_elses_json_beside_an_onnx_file(tmp_path: Path) -> None:
