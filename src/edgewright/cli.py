@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,7 +206,8 @@ def _prove(as_json: bool, junit: Path | None = None, **arguments: Any) -> int:
     if as_json:
         click.echo(json.dumps(document, indent=1))
     else:
-        print_outcome(outcome, pipeline.workspace.folder, detail_wanted())
+        noted = replace(outcome, notes=tuple(document["notes"]))
+        print_outcome(noted, pipeline.workspace.folder, detail_wanted())
     return EXIT_CODES[outcome.verdict]
 
 

@@ -19,6 +19,7 @@ from edgewright.blame_hops import rescaled, simulation, some_images
 from edgewright.breakdown import by_kind, by_stage, graph_stages, stage_names
 from edgewright.context import GRAPH_LIBRARIES
 from edgewright.engines import planned_in
+from edgewright.export.conventions import first_line
 from edgewright.gallery import Change, changes, effects, thumbnail
 from edgewright.outcome import EngineRow, Outcome
 from edgewright.runtime.backends import BACKENDS
@@ -49,8 +50,11 @@ def evidence_of(pipeline: Pipeline, outcome: Outcome) -> dict[str, Any]:
         try:
             return gather()
         except EdgewrightError as error:
-            notes.append(f"the report goes without {what}: {error}")
-            return otherwise
+            words = str(error)
+        except Exception as error:  # whatever graph libraries raise, and faults of ours: the verdict stands without
+            words = f"{type(error).__name__}: {first_line(error)}"
+        notes.append(f"the report goes without {what}: {words}")
+        return otherwise
 
     fields = {
         "calibration": attempted("calibration", lambda: _calibration(pipeline), None),
