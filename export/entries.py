@@ -76,6 +76,7 @@ class ModelSource:
     * preprocess, labels: None if unknown; labels may be empty for a network that gives features, not classes
     * name, weights: what they are, in words; fingerprint: what identifies their content
     * data: "fashion_mnist" if calibration and evaluation images ship with the project, else None
+    * trained: False of random weights, which remember no images
     * quantized: the graph holds integers already and is to be taken as it is
     * note: what a person who reads the results should know, or empty
     * missing: the options by which a person has to say what is still unknown before images can be used
@@ -92,6 +93,7 @@ class ModelSource:
     weights: str = ""
     fingerprint: str = ""
     data: str | None = None
+    trained: bool = True
     quantized: bool = False
     note: str = ""
     missing: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,7 +154,8 @@ def _random_source(request: ModelRequest, entry: ModelEntry) -> ModelSource:
 
     summary = f"random (seed {RANDOM_SEED}): predictions mean nothing"
     fingerprint = f"random:{RANDOM_SEED}:torch-{metadata.version('torch')}"
-    return _source_of_task(request, entry, entry.task, build, summary, fingerprint, note=f"the weights are {summary}")
+    source = _source_of_task(request, entry, entry.task, build, summary, fingerprint, f"the weights are {summary}")
+    return replace(source, trained=False)
 
 
 def _file_source(request: ModelRequest, entry: ModelEntry, path: Path) -> ModelSource:

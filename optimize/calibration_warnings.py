@@ -16,7 +16,7 @@ __all__ = ["calibration_warnings"]
 
 
 def calibration_warnings(
-    exported: ir.Model,
+    exported: ir.Model | None,
     folded: ir.Model,
     preprocess: Preprocess,
     images: NDArray[np.float32],
@@ -27,15 +27,18 @@ def calibration_warnings(
 ) -> tuple[str, ...]:
     """Sentences, none for images that nothing can be said against.
 
-    * exported: the graph with batch normalization visible; folded: the one that was calibrated, which `table` is of
+    * exported: the graph with batch normalization visible, None if it was never trained
+    * folded: the one that was calibrated, which `table` is of
     * given: how many calibration images there are; of those that ranges come from, a quarter less, `table` knows
     * images: some of the calibration images, preprocessed, `[N, C, H, W]`, N at least 1; see `calibration/glimpse.py`
     """
     evidence = preprocessing_evidence(exported, preprocess, images, threads=threads)
+    faults = image_warnings(images, preprocess, grey_expected=evidence.fits)
     warnings = (
         too_few_warning(given),
-        *image_warnings(images, preprocess, grey_expected=evidence.fits),
+        *faults,
         evidence.warning,
+        "" if faults else evidence.unexplained,
         dead_channel_warning(still_channels(folded, table), table.samples),
     )
     return tuple(warning for warning in warnings if warning)

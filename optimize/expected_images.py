@@ -2,7 +2,8 @@
 
 Batch normalization keeps the mean and the variance, per channel, of everything that reached it in training. What
 reaches it from the calibration images can be compared with that: as they are prepared, and with the colours swapped or
-another usual normalization instead. If one of those fits much better, the preprocessing is the suspect.
+another usual normalization instead. If one of those fits much better, the preprocessing is the suspect. If none does,
+the images are of another kind, or prepared in a way of their own: which of the two, nobody can tell.
 """
 
 from __future__ import annotations
@@ -69,10 +70,14 @@ class Expectation:
 
 @dataclass(frozen=True)
 class Evidence:
-    """How far the images are from what the network was trained on, None if it does not say, and a sentence or ""."""
+    """How far the images are from what the network was trained on, None if it does not say, and sentences or "".
+
+    * warning: names a preparation that fits much better; unexplained: says that the images are far and none fits
+    """
 
     distance: float | None = None
     warning: str = ""
+    unexplained: str = ""
 
     @property
     def fits(self) -> bool:
@@ -95,13 +100,16 @@ def expectation_of(exported: ir.Model) -> Expectation | None:
     return Expectation(str(node.name), str(node.inputs[0].name), mean, variance + epsilon, epsilon)
 
 
-def preprocessing_evidence(exported: ir.Model, preprocess: Preprocess, images: Batch, *, threads: int = 0) -> Evidence:
+def preprocessing_evidence(
+    exported: ir.Model | None, preprocess: Preprocess, images: Batch, *, threads: int = 0
+) -> Evidence:
     """With a sentence if another preparation of preprocessed `images` `[N, C, H, W]` fits the network much better.
 
-    `exported`: the graph with batch normalization visible. At most 64 of the images, evenly spread, are looked at.
+    `exported`: the graph with batch normalization visible, None if it was never trained. At most 64 of the images,
+    evenly spread, are looked at.
     """
-    expected = expectation_of(exported)
-    if expected is None or not len(images):
+    expected = None if exported is None else expectation_of(exported)
+    if exported is None or expected is None or not len(images):
         return Evidence()
     (source,) = (str(value.name) for value in exported.graph.inputs)
     run = GraphRun(segment(exported, [source], [expected.value]), threads=threads)
@@ -120,11 +128,20 @@ def preprocessing_evidence(exported: ir.Model, preprocess: Preprocess, images: B
     otherwise = reaching(best(pixels))
     found = expected.distance(otherwise)
     if found > min(NEAR, given / FACTOR) or not _closer_throughout(expected, otherwise, as_given):
-        return Evidence(given)
+        far = len(chosen) >= FEW_IMAGES and given > NEAR
+        return Evidence(given, unexplained=_unexplained(expected, given) if far else "")
     return Evidence(
         given,
         f"the images look unlike the preprocessing: their distance from what the first normalization layer "
         f"({expected.layer}) saw in training is {given:.2g} as given, {found:.2g} with {best.words}",
+    )
+
+
+def _unexplained(expected: Expectation, distance: float) -> str:
+    return (
+        f"the images are unlike those of training: their distance from what the first normalization layer "
+        f"({expected.layer}) saw there is {distance:.2g}, and no usual preparation fits much better; they are of "
+        "another kind, or prepared in another way"
     )
 
 

@@ -168,6 +168,12 @@ def test_another_preparation_is_a_problem(check: Check, fault: str) -> None:
     assert words in evidence(found, "preprocessing")
 
 
+def test_a_preparation_that_nobody_knows_is_suspicious(check: Check) -> None:
+    found = check((photographs(40).astype(int) ** 2 // 255).astype(np.uint8))  # a gamma of 2
+    assert verdicts(found)["preprocessing"] == "warning"
+    assert "unlike those of training" in evidence(found, "preprocessing")
+
+
 def test_images_shrunk_without_antialiasing_are_suspicious(check: Check) -> None:
     large = photographs(24, height=256, width=256)
     found = check(np.ascontiguousarray(large[:, ::4, ::4]))
@@ -290,6 +296,13 @@ def test_the_images_that_judge_by_default_are_looked_at(command: Command, tmp_pa
     overlap = done.document["checks"][2]
     assert (overlap["check"], overlap["verdict"]) == ("overlap", "problem")
     assert sum(pair["equal"] for pair in overlap["figures"]["pairs"]) == 40
+
+
+def test_random_weights_remember_no_images(command: Command, tmp_path: Path, images: Any) -> None:
+    network = ("--model", "lenet_bn", "--weights", "random", "--build-dir", tmp_path / "b")
+    finding = command("calibration", "check", images.calibration, *network, "--json").document["checks"][-1]
+    assert finding["figures"]["distance"] is None
+    assert finding["evidence"] == ["the network says nothing of its training images"]
 
 
 def test_a_problem_is_exit_code_3(doctor: Callable[..., Completed], images: Any) -> None:

@@ -62,7 +62,7 @@ class CalibrationCheck:
 
 
 def check_calibration(
-    exported: ir.Model,
+    exported: ir.Model | None,
     folded: ir.Model,
     preprocess: Preprocess,
     labels: Sequence[str],
@@ -76,7 +76,8 @@ def check_calibration(
 ) -> CalibrationCheck:
     """Of calibration `images` for a network with the classes `labels`, none if it gives no logits.
 
-    * exported: the graph with batch normalization visible; folded: the one that is calibrated
+    * exported: the graph with batch normalization visible, None if it was never trained
+    * folded: the one that is calibrated
     * evaluation: what will judge the engines, to be compared with `images`
     * label_fault: why the labels that `images` seem to have are not theirs
     * method: how the ranges will be chosen; threads: of onnxruntime, 0 for all cores
@@ -224,7 +225,7 @@ def _ranges(folded: ir.Model, quarters: tuple[CalibrationTable, ...], method: st
 
 
 def _preprocessing(
-    exported: ir.Model, preprocess: Preprocess, images: ImageSet, glimpse: NDArray[np.float32], threads: int
+    exported: ir.Model | None, preprocess: Preprocess, images: ImageSet, glimpse: NDArray[np.float32], threads: int
 ) -> Finding:
     """What the pixels, their fine structure and the network's first normalization layer say."""
     from edgewright.calibration.aliasing import aliasing_evidence
@@ -235,7 +236,8 @@ def _preprocessing(
     share, aliased = aliasing_evidence(_pictures(images, preprocess))
     faults = [evidence.warning, *set_warnings(glimpse, preprocess, grey_expected=evidence.fits)]
     figures = {"distance": evidence.distance, "fine_share": share}
-    sentences = tuple(fault for fault in (*faults, aliased) if fault)
+    unexplained = "" if any(faults) else evidence.unexplained
+    sentences = tuple(fault for fault in (*faults, unexplained, aliased) if fault)
     if sentences:
         return Finding(
             "preprocessing",

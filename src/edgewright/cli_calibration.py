@@ -76,7 +76,7 @@ def _checked(pipeline: Pipeline) -> CalibrationCheck:
     images, evaluation, label_fault = _image_sets(pipeline)
     exported, folded = (ir.load(pipeline.workspace.path(each.path)) for each in (pipeline.exported, pipeline.folded))
     return check_calibration(
-        exported,
+        exported if context.source.trained else None,
         folded,
         preprocess,
         labels,

@@ -195,9 +195,9 @@ class Graphs:
                 progress=lambda done: self._context.observer.progressed("calibrate", done, len(choosing)),
             )
             write_json(self._workspace.path(CALIBRATION_FILE), table.to_json())
-            exported = ir.load(self._workspace.path(self.exported.path))
+            trained = self._context.source.trained
             warnings = calibration_warnings(
-                exported,
+                ir.load(self._workspace.path(self.exported.path)) if trained else None,
                 model,
                 preprocess,
                 glimpse.images,

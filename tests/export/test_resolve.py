@@ -160,6 +160,7 @@ def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone() 
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
     assert "random" in source.weights
     assert "random" in source.fingerprint
+    assert not source.trained
     assert "random" in source.note
 
 

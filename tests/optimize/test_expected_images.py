@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgewright.calibration.collect import CalibrationTable
 from edgewright.optimize.calibration_warnings import calibration_warnings
-from edgewright.optimize.expected_images import expectation_of, moments, preprocessing_evidence
+from edgewright.optimize.expected_images import Evidence, expectation_of, moments, preprocessing_evidence
 from edgewright.runtime.preprocess import Preprocess
 from textual_graphs import graph, normal
 
@@ -90,14 +90,35 @@ def test_nothing_is_said_without_evidence() -> None:
     assert preprocessing_evidence(network(HALVES, trained=False), IMAGENET, images).distance is None
     plain = graph("[relu] y = Relu (x)", f"float[N, 3, {SIZE}, {SIZE}] x")
     assert preprocessing_evidence(plain, IMAGENET, images).distance is None
+    assert preprocessing_evidence(None, IMAGENET, images) == Evidence()
 
 
-def test_images_that_nothing_explains_are_no_matter_of_the_preprocessing() -> None:
-    noise = HALVES.normalize(np.random.default_rng(3).integers(0, 256, (20, SIZE, SIZE, 3), np.uint8) // 200 * 255)
-    evidence = preprocessing_evidence(network(HALVES), HALVES, noise, threads=1)
+UNLIKE = {
+    "noise": np.random.default_rng(3).integers(0, 256, (20, SIZE, SIZE, 3), np.uint8) // 200 * 255,
+    "negatives": 255 - pictures(20),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_images_that_no_preparation_explains_are_called_unlike(kind: str) -> None:
+    images, model = HALVES.normalize(UNLIKE[kind]), network(HALVES)
+    evidence = preprocessing_evidence(model, HALVES, images, threads=1)
     assert evidence.distance is not None
     assert not evidence.fits
     assert evidence.warning == ""
+    assert f"(norm) saw there is {evidence.distance:.2g}, and no usual preparation fits" in evidence.unexplained
+    assert calibration_warnings(model, model, HALVES, images, CalibrationTable({}, 20, {}), given=20, threads=1) == (
+        evidence.unexplained,
+    )
+    few = preprocessing_evidence(model, HALVES, images[:15], threads=1)  # which may be no fair sample
+    assert (few.warning, few.unexplained) == ("", "")
+
+
+def test_images_that_are_a_little_unlike_are_left_in_peace() -> None:
+    darker = preprocessing_evidence(network(HALVES), HALVES, HALVES.normalize(pictures(64) // 10 * 9), threads=1)
+    assert darker.distance is not None
+    assert 0.02 < darker.distance < 0.25
+    assert (darker.warning, darker.unexplained) == ("", "")
 
 
 def test_one_channel_has_no_colours_to_swap() -> None:
