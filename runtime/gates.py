@@ -8,14 +8,16 @@ is on the right side of its limit, and failed only if the whole interval is on t
     min_agreement   PASS: lower bound of the agreement ≥ limit         FAIL: upper bound < limit
     min_sqnr        PASS: SQNR ≥ limit                                 FAIL: otherwise; it is measured, not estimated
 
-All gates have to hold, so that the verdict is that of the worst finding.
+All gates have to hold, so that the verdict is that of the worst finding. A gate that counts right answers is not passed
+where the reference itself is not clearly better than guessing: then a small loss says nothing, and the labels are the
+suspect.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -77,11 +79,20 @@ class _IntervalGate(Gate):
         if self.needs_labels:
             check_labelled([self], labelled=parity.labelled)
         lower, upper = self._interval(parity, parity.images)
-        word = self._word(lower, upper)
-        needed = self._images_needed(parity) if word == "inconclusive" else None
+        word, needed = self._word(lower, upper), None
+        if word != "fail" and self._counts_right_answers(parity) and parity.guessing:
+            word, claim = "inconclusive", _guessing(parity)
+        elif word == "inconclusive":
+            needed = self._images_needed(parity)
+            claim = self._open(parity, needed)
+        else:
+            claim = self._claim(parity, word, lower, upper)
         ci95 = (lower, upper if upper < math.inf else None)
-        claim = self._open(parity, needed) if word == "inconclusive" else self._claim(parity, word, lower, upper)
         return Finding(self.name, self.limit, self._value(parity), ci95, word, claim, needed)
+
+    def _counts_right_answers(self, parity: Parity) -> bool:
+        """Whether its value rests on the labels."""
+        return self.needs_labels
 
     @abstractmethod
     def _value(self, parity: Parity) -> float | None:
@@ -145,6 +156,9 @@ class MaxDrop(_IntervalGate):
     @property
     def _example(self) -> str:
         return "half a point is 0.005"
+
+    def _counts_right_answers(self, parity: Parity) -> bool:
+        return parity.labelled
 
     def _value(self, parity: Parity) -> float:
         return parity.loss
@@ -255,9 +269,9 @@ class MinSqnr(Gate):
         if value is None:
             return Finding(self.name, self.limit, None, None, "fail", f"no image has finite logits, no {minimum}")
         if value >= self.limit:
-            decibels = outward(value, lambda rounded: rounded >= self.limit, up=False, decimals=1)
+            decibels = _nearest(value, lambda rounded: rounded >= self.limit)
             return Finding(self.name, self.limit, value, None, "pass", f"SQNR of the logits {decibels} {minimum}")
-        decibels = outward(value, lambda rounded: rounded < self.limit, up=True, decimals=1)
+        decibels = _nearest(value, lambda rounded: rounded < self.limit)
         return Finding(self.name, self.limit, value, None, "fail", f"SQNR of the logits {decibels} {minimum}")
 
 
@@ -310,6 +324,22 @@ def check_labelled(gates: Sequence[Gate], *, labelled: bool) -> None:
 def budget_of(gates: Sequence[Gate]) -> float:
     """The loss of top-1, a fraction, that all gates allow: what quantization aims at on calibration images."""
     return min((gate.aim for gate in gates if gate.aim is not None), default=DEFAULT_BUDGET)
+
+
+def _nearest(value: float, holds: Callable[[float], bool]) -> str:
+    """A measured value to one decimal, or to as many more as keep it on its side of the limit."""
+    texts = (f"{value:.{digits}f}" for digits in range(1, 9))
+    return next((text for text in texts if holds(float(text))), repr(value))
+
+
+def _guessing(parity: Parity) -> str:
+    assert parity.reference_top1 is not None
+    assert parity.chance is not None
+    right, chance = f"{100 * parity.reference_top1:.2f} %", f"{_plain(100 * parity.chance)} %"
+    return (
+        f"the reference is right on {right} of the images, not clearly better than guessing ({chance}): "
+        "are these its labels, in the order of its classes?"
+    )
 
 
 def _share_claim(word: Word, lower: float, upper: float, limit: float) -> str:

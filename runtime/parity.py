@@ -31,6 +31,7 @@ class Parity:
     """An engine beside its reference on the same images. Shares are fractions, 0.005 is half a point.
 
     * reference_top1, reference_top5, top1, top5: accuracy, None without labels; top 5 is top min(5, classes)
+    * chance: share of the images that guessing among the classes gets right, 1 / C; None without labels
     * agreement: share of images on which both have the same top-1, with Wilson's 95 % interval
     * delta: top1 − reference_top1, None without labels
     * loss_ci95: 95 % interval of `loss`: with labels Newcombe's for paired proportions, without labels Wilson's
@@ -61,6 +62,20 @@ class Parity:
     cosine: float | None
     sqnr_db: float | None
     nonfinite: int
+    chance: float | None = None
+
+    @property
+    def guessing(self) -> bool:
+        """Whether the reference is not clearly better than chance, by Wilson's interval, so that top-1 says nothing.
+
+        Labels in another order than the network's classes look like that, and then an engine may answer anything. Of so
+        few images that not even all right answers would be clear, False.
+        """
+        if self.pairs is None or self.chance is None:
+            return False
+        right = self.pairs.both + self.pairs.reference_only
+        clear, lower = (wilson_interval(count, self.images)[0] for count in (self.images, right))
+        return lower <= self.chance < clear
 
     @property
     def loss(self) -> float:
@@ -80,8 +95,9 @@ class Parity:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Parity:
-        """The inverse of `to_json`; fields that a later version added are ignored."""
-        values = {name: content[name] for name in cls.__dataclass_fields__}
+        """The inverse of `to_json`; fields that a later version added are ignored, `chance` an earlier one lacks."""
+        values = {name: content[name] for name in cls.__dataclass_fields__ if name != "chance"}
+        values["chance"] = content.get("chance")
         for name in ("agreement_ci95", "loss_ci95"):
             values[name] = tuple(values[name])
         if values["pairs"] is not None:
@@ -120,6 +136,7 @@ def compare(
         source=source,
         images=images,
         labelled=labels is not None,
+        chance=None if labels is None else 1 / classes,
         nonfinite=images - int(finite.sum()),
         agreement=float(agrees.mean()),
         agreement_ci95=wilson_interval(int(agrees.sum()), images),

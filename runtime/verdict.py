@@ -81,9 +81,9 @@ def about(images: int) -> str:
     return f"{-(-images // unit) * unit:,}"
 
 
-def outward(value: float, holds: Callable[[float], bool], *, up: bool, decimals: int = 2) -> str:
-    """A bound rounded outwards to so many decimals, or to as many more as keep it on its side of the limit."""
-    for digits in range(decimals, 9):
+def outward(value: float, holds: Callable[[float], bool], *, up: bool) -> str:
+    """A bound rounded outwards to two decimals, or to as many more as keep it on its side of the limit."""
+    for digits in range(2, 9):
         scaled = value * 10**digits
         rounded = (math.ceil(scaled - 1e-6) if up else math.floor(scaled + 1e-6)) / 10**digits
         if holds(rounded):

@@ -25,7 +25,18 @@ HEADINGS: Mapping[str, tuple[str, str]] = {
 }
 """Fields of "parity" with their headings and units, in the order of the table; others follow by their own names."""
 SHOWN_ELSEWHERE = {
-    *("source", "images", "labelled", "reference_top1", "reference_top5", "top1", "delta", "loss_ci95", "pairs"),
+    *(
+        "source",
+        "images",
+        "labelled",
+        "reference_top1",
+        "reference_top5",
+        "top1",
+        "delta",
+        "loss_ci95",
+        "pairs",
+        "chance",
+    ),
 }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from edgewright.runtime.errors import ParityError
@@ -62,6 +63,59 @@ def test_an_engine_with_nothing_but_nan_fails() -> None:
     assert verdict.sentence.endswith("; no image has finite logits, no dB, minimum 10")
 
 
+GUESSED = "not clearly better than guessing (10 %): are these its labels, in the order of its classes?"
+
+
+def shifted(candidate: NDArray[np.float64] | None = None) -> Parity:
+    """A reference that is always right, and an engine beside it, with labels in another order of the ten classes."""
+    classes = np.arange(1_000) % 10
+    reference = np.eye(10)[classes]
+    return compare(reference, reference if candidate is None else candidate, (classes + 1) % 10)
+
+
+@pytest.mark.parametrize("gate", [MaxDrop(), MinRatio(0.99)], ids=["max_drop", "min_ratio"])
+def test_labels_that_do_not_fit_are_no_pass(gate: Gate) -> None:
+    noise = np.random.default_rng(0).normal(size=(1_000, 10))
+    for parity in (shifted(), shifted(noise)):
+        found = gate.finding(parity)
+        assert (found.word, found.images_needed) == ("inconclusive", None)
+        assert found.claim == f"the reference is right on 0.00 % of the images, {GUESSED}"
+    assert MinAgreement(0.9).finding(shifted()).word == "pass"  # which asks for no labels
+    assert MinAgreement(0.9).finding(shifted(noise)).word == "fail"
+
+
+@pytest.mark.parametrize(
+    ("right", "images", "classes", "guessing"),
+    [
+        (119, 1_000, 10, False),  # Wilson's lower bound is 0.1004
+        (118, 1_000, 10, True),  # 0.0995
+        (100, 1_000, 10, True),
+        (0, 1_000, 10, True),
+        (3, 4, 2, True),
+        (4, 4, 2, False),
+        (0, 3, 2, False),  # not even three right ones of three would be clear
+        (1, 1, 10, False),
+        (0, 1, 10, True),
+    ],
+)
+def test_guessing_is_what_wilson_cannot_tell_from_chance(right: int, images: int, classes: int, guessing: bool) -> None:
+    answers = np.array([0] * right + [1] * (images - right))
+    logits = np.eye(classes)[answers]
+    labels = np.zeros(images, np.int64)
+    assert compare(logits, logits, labels).guessing is guessing
+    assert not compare(logits, logits, None).guessing
+    known = binomtest(right, images).proportion_ci(method="wilson").low > 1 / classes
+    possible = binomtest(images, images).proportion_ci(method="wilson").low > 1 / classes
+    assert guessing is bool(possible and not known)
+
+
+def test_what_fails_fails_with_any_labels() -> None:
+    answers = np.repeat([0, 1], [110, 890])
+    reference, engine = np.eye(10)[answers], np.eye(10)[np.ones(1_000, np.int64)]
+    assert compare(reference, engine, np.zeros(1_000, np.int64)).guessing
+    assert drop(compare(reference, engine, np.zeros(1_000, np.int64))).word == "fail"
+
+
 def test_the_budget_is_half_a_point_unless_said() -> None:
     found = parity_of(9_280, 30, 25, 665)
     assert judge(found) == judge(found, [MaxDrop(0.005)])
@@ -108,7 +162,7 @@ def test_images_needed_decide_and_one_fewer_do_not(table: Table, budget: float) 
         lower, upper = newcombe_paired_interval(a, b, c, d)
         return upper <= budget or lower > budget
 
-    if finding.word != "inconclusive":
+    if finding.word != "inconclusive" or found.guessing:
         assert finding.images_needed is None
     elif finding.images_needed is None:
         assert not decides(MOST_IMAGES) or found.loss == budget
@@ -233,6 +287,12 @@ def test_sqnr_is_measured_and_has_no_interval() -> None:
     assert MinSqnr(20.0).finding(parity).ci95 is None
     assert MinSqnr(20.04).finding(parity).claim == "SQNR of the logits 20.0 dB, minimum 20.04"
     assert MinSqnr(20.0).finding(parity).claim == "SQNR of the logits 20.0 dB, minimum 20"
+
+
+def test_sqnr_is_told_as_among_the_figures_unless_that_crosses_the_limit() -> None:
+    parity = replace(compare(np.ones((5, 4)), np.zeros((5, 4)), None), sqnr_db=19.98)
+    claims = [MinSqnr(limit).finding(parity).claim for limit in (10, 20)]
+    assert claims == ["SQNR of the logits 20.0 dB, minimum 10", "SQNR of the logits 19.98 dB, minimum 20"]
 
 
 # --- All gates together ------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ MORE: dict[str, dict[str, Any]] = {  # what we add to the contract, which allows
         "pairs": (COUNTS, None),
         "mcnemar_p": (NUMBER, None),
         "nonfinite": int,
+        "chance": (NUMBER, None),
     },
     "engines[].latency_ms": {"cv": NUMBER, "p50_ci95": [NUMBER], "quantiles": [NUMBER]},
 }
