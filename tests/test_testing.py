@@ -150,6 +150,20 @@ def test_odd_arguments_are_explained(arguments: dict[str, Any], said: str) -> No
         assert_parity(losing(0), **{"engine": losing(0), "labels": LABELS} | arguments)
 
 
+def test_labels_in_another_order_are_no_pass() -> None:
+    reference = np.eye(1_000)[np.arange(5_000) % 1_000]
+    noise = np.random.default_rng(0).normal(size=reference.shape)
+    labels = (np.arange(5_000) + 1) % 1_000
+    with pytest.raises(AssertionError, match=r"INCONCLUSIVE: the reference is right on 0\.00 % .* guessing \(0\.1 %\)"):
+        assert_parity(reference, noise, labels)
+
+
+@pytest.mark.parametrize("rows", [1, 31, 33])
+def test_an_answer_for_each_image_is_asked_of_a_function(rows: int) -> None:
+    with pytest.raises(ParityError, match=rf"for a batch of 32 images the answer is \[{rows}, 2\]"):
+        assert_parity(lambda batch: np.ones((rows, 2)), losing(0), images=normal("images", 64, 3, 4, 4))
+
+
 def test_an_engine_file_and_a_build_folder_are_opened(tmp_path: Path) -> None:
     path, images = put_engine(tmp_path, "fp32"), normal("images", 40, 3, 8, 8)
     for each in (path, str(path), tmp_path):

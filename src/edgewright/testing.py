@@ -108,7 +108,7 @@ def _answers(side: Answers, images: NDArray[np.float32] | None, role: str) -> ND
 def _of_function(function: Callable[[Any], Any], images: NDArray[np.float32]) -> NDArray[Any]:
     """Of a PyTorch module in inference mode, batch normalization with the statistics that it learned."""
     if not hasattr(function, "state_dict"):
-        return np.concatenate([_array(function(part)) for part in _parts(images)])
+        return np.concatenate([_of_part(function(part), part) for part in _parts(images)])
     import torch
 
     assert isinstance(function, torch.nn.Module)
@@ -117,7 +117,8 @@ def _of_function(function: Callable[[Any], Any], images: NDArray[np.float32]) ->
     try:
         with torch.inference_mode():
             device = next((parameter.device for parameter in function.parameters()), torch.device("cpu"))
-            return np.concatenate([_array(function(torch.from_numpy(part).to(device))) for part in _parts(images)])
+            answers = [_of_part(function(torch.from_numpy(part).to(device)), part) for part in _parts(images)]
+            return np.concatenate(answers)
     finally:
         for module, training in modes:
             module.training = training
@@ -125,6 +126,16 @@ def _of_function(function: Callable[[Any], Any], images: NDArray[np.float32]) ->
 
 def _parts(images: NDArray[np.float32], size: int | None = None) -> Sequence[NDArray[np.float32]]:
     return [images[start : start + (size or BATCH)] for start in range(0, len(images), size or BATCH)]
+
+
+def _of_part(answer: Any, part: NDArray[np.float32]) -> NDArray[Any]:
+    """The logits of a batch. Raises `ParityError` if there is not a row for each of its images."""
+    logits = _array(answer)
+    if logits.ndim != 2 or len(logits) != len(part):
+        raise ParityError(
+            f"for a batch of {len(part)} images the answer is {list(logits.shape)}", "return logits [N, classes]"
+        )
+    return logits
 
 
 def _array(logits: Any) -> NDArray[Any]:
