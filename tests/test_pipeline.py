@@ -379,13 +379,14 @@ def test_another_machine_remakes_engines_and_measurements(prove: Prove, monkeypa
 def test_a_report_does_not_outlive_the_engine_that_it_recommends(
     prove: Prove, build_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = build_dir / "tiny" / REPORT_FILE
-    report.write_text("{}")
+    reports = [build_dir / "tiny" / name for name in ("report.json", "report.html", "report.md")]
+    for report in reports:
+        report.write_text("{}")
     prove()
-    assert report.exists()
+    assert all(report.exists() for report in reports)
     replace_in_stages(monkeypatch, "machine", lambda: "another")
     prove()
-    assert not report.exists()
+    assert not any(report.exists() for report in reports)
 
 
 # Rows

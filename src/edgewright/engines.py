@@ -11,10 +11,9 @@ from typing import Any
 from edgewright.context import Options, RunContext
 from edgewright.graphs import NVIDIA_DIALECTS, Graphs
 from edgewright.int8 import Int8Graphs
-from edgewright.outcome import EngineRow
+from edgewright.outcome import REPORT_FILES, EngineRow
 from edgewright.runtime.audit import shares_of_work
 from edgewright.runtime.backends import BACKENDS, Absence, Backend, BuildRequest
-from edgewright.runtime.choice import REPORT_FILE
 from edgewright.runtime.engine_files import ENGINES_FOLDER
 from edgewright.runtime.errors import BuildError, CalibrationError, QuantizationError
 from edgewright.runtime.files import read_json, write_bytes, write_json
@@ -125,7 +124,7 @@ class Engines:
         """Removes an engine of an earlier graph, and the report that may recommend it."""
         workspace = self._context.workspace
         if any(workspace.path(file).exists() for file in files):
-            workspace.forget(REPORT_FILE, *files)
+            workspace.forget(*REPORT_FILES, *files)
 
     def _built(
         self,
@@ -140,7 +139,7 @@ class Engines:
         timing_file = f"{ENGINES_FOLDER}/{backend.name}.timing"
 
         def make() -> Mapping[str, Any]:
-            workspace.forget(REPORT_FILE)  # it recommends an engine that this one replaces
+            workspace.forget(*REPORT_FILES)  # they recommend an engine that this one replaces
             content = workspace.path(graph.path).read_bytes()
             timing_cache = workspace.path(timing_file)
             built = backend.build(

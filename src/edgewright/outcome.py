@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from edgewright.runtime.audit import Traffic, in_words, traffic
+from edgewright.runtime.choice import REPORT_FILE
 from edgewright.runtime.figures import Figures
 from edgewright.runtime.latency import Latency
 from edgewright.runtime.parity import Parity
@@ -13,7 +14,21 @@ from edgewright.runtime.specs import EngineInfo
 from edgewright.runtime.verdict import STATUS_OF_VERDICT, Verdict
 from edgewright.workspace import StageRun
 
-__all__ = ["EngineRow", "Outcome", "Reference", "TargetChoice", "conclusion", "target_choices"]
+__all__ = [
+    "HTML_FILE",
+    "MARKDOWN_FILE",
+    "REPORT_FILES",
+    "EngineRow",
+    "Outcome",
+    "Reference",
+    "TargetChoice",
+    "conclusion",
+    "target_choices",
+]
+
+HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
+REPORT_FILES = (REPORT_FILE, HTML_FILE, MARKDOWN_FILE)
+"""What is written of an outcome. It recommends engines, and goes when one of them does."""
 
 WORTH_IT = 0.97
 """INT8 is taken for a target only if it moves at most this share of FP16's bytes: less is not worth any loss."""

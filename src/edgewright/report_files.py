@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgewright.compare import Comparison, compare_builds
 from edgewright.compare_engines import Build
 from edgewright.evidence import GALLERY_FILE, evidence_of
-from edgewright.outcome import Outcome
+from edgewright.outcome import HTML_FILE, MARKDOWN_FILE, Outcome
 from edgewright.provenance import provenance_of
 from edgewright.report import engine_document, stage_document
 from edgewright.runtime.choice import REPORT_FILE
@@ -22,9 +22,8 @@ from edgewright.workspace import library_versions, source_hash
 if TYPE_CHECKING:
     from edgewright.pipeline import Pipeline
 
-__all__ = ["HTML_FILE", "MARKDOWN_FILE", "compared", "published", "read_report", "rewritten", "write_pages"]
+__all__ = ["compared", "published", "read_report", "rewritten", "write_pages"]
 
-HTML_FILE, MARKDOWN_FILE = "report.html", "report.md"
 CODE = "report_files.py"
 PAGE_CODE = (
     *(f"report_{part}.py" for part in ("answers", "figures", "markdown", "page", "view")),
