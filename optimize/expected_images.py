@@ -26,14 +26,19 @@ BN_EPSILON = 1e-5  # ONNX BatchNormalization default
 MOST_IMAGES = 64
 FEW_IMAGES = 16
 FAR, FAR_OF_FEW, NEAR, FACTOR = 0.02, 0.5, 0.25, 2.0
-"""Distances: beyond `FAR` images are suspicious if prepared otherwise they come `NEAR`, by `FACTOR` closer.
+"""Distances: beyond `FAR` images are suspicious if prepared otherwise they come `NEAR`; if `FACTOR` closer, clearly so.
 
-On EfficientNet-Lite0 64 photographs are at 0.01 … 0.02, with red and blue swapped at 0.03 … 0.04, with ImageNet's mean
-and standard deviation at 0.6; 16 are at up to 0.02, one alone at up to 0.25.
+On EfficientNet-Lite0 64 photographs are at 0.01 … 0.02, scaled to 300 pixels before at 0.02 … 0.04; with red and blue
+swapped 0.02 further away, with ImageNet's mean and standard deviation at 0.6. 16 are at up to 0.02, one alone at up to
+0.25.
 """
 RGB = 3
-PARTS = 4
-"""Another preparation must fit each of so many parts of the images better: what chance does, it does not do in all."""
+RESAMPLES, SURE, RESAMPLING_SEED = 400, 0.98, 0
+"""Another preparation must fit better in so many of the bootstrap's resamples (Efron 1979): more than chance does.
+
+Of 64 photographs with red and blue swapped, at four sizes, 100 % were found like this, of 32 92 %, of 16 70 %; of right
+ones none was called swapped.
+"""
 NORMALIZATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "ImageNet's mean and standard deviation": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "mean 0.5 and standard deviation 0.5": ((0.5,), (0.5,)),
@@ -72,11 +77,14 @@ class Expectation:
 class Evidence:
     """How far the images are from what the network was trained on, None if it does not say, and sentences or "".
 
-    * warning: names a preparation that fits much better; unexplained: says that the images are far and none fits
+    * warning: names a preparation that fits better; clear: it does so by `FACTOR`, which images of another kind, with
+      more blue than red, hardly do
+    * unexplained: says that the images are far and no preparation fits
     """
 
     distance: float | None = None
     warning: str = ""
+    clear: bool = False
     unexplained: str = ""
 
     @property
@@ -103,7 +111,7 @@ def expectation_of(exported: ir.Model) -> Expectation | None:
 def preprocessing_evidence(
     exported: ir.Model | None, preprocess: Preprocess, images: Batch, *, threads: int = 0
 ) -> Evidence:
-    """With a sentence if another preparation of preprocessed `images` `[N, C, H, W]` fits the network much better.
+    """With a sentence if another preparation of preprocessed `images` `[N, C, H, W]` fits the network better.
 
     `exported`: the graph with batch normalization visible, None if it was never trained. At most 64 of the images,
     evenly spread, are looked at.
@@ -127,13 +135,14 @@ def preprocessing_evidence(
     best = min(_preparations(preprocess, pixels.shape[1]), key=lambda other: expected.distance(reaching(other(few))))
     otherwise = reaching(best(pixels))
     found = expected.distance(otherwise)
-    if found > min(NEAR, given / FACTOR) or not _closer_throughout(expected, otherwise, as_given):
+    if found > NEAR or _share_closer(expected, otherwise, as_given) < SURE:
         far = len(chosen) >= FEW_IMAGES and given > NEAR
         return Evidence(given, unexplained=_unexplained(expected, given) if far else "")
     return Evidence(
         given,
         f"the images look unlike the preprocessing: their distance from what the first normalization layer "
         f"({expected.layer}) saw in training is {given:.2g} as given, {found:.2g} with {best.words}",
+        clear=found <= given / FACTOR,
     )
 
 
@@ -157,12 +166,11 @@ def _spread(images: Batch, count: int) -> Batch:
     return chosen
 
 
-def _closer_throughout(expected: Expectation, otherwise: Statistics, as_given: Statistics) -> bool:
-    """Whether the `moments` of `otherwise` are closer to what is expected in each part of the images."""
-    parts = min(PARTS, len(as_given))
-    return all(
-        expected.distance(otherwise[part::parts]) < expected.distance(as_given[part::parts]) for part in range(parts)
-    )
+def _share_closer(expected: Expectation, otherwise: Statistics, as_given: Statistics) -> float:
+    """In which share of resamples of the images the `moments` of `otherwise` are closer to what is expected."""
+    resamples = np.random.default_rng(RESAMPLING_SEED).integers(0, len(as_given), (RESAMPLES, len(as_given)))
+    closer = [expected.distance(otherwise[drawn]) < expected.distance(as_given[drawn]) for drawn in resamples]
+    return float(np.mean(closer))
 
 
 @dataclass(frozen=True)

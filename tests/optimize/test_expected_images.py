@@ -114,6 +114,21 @@ def test_images_that_no_preparation_explains_are_called_unlike(kind: str) -> Non
     assert (few.warning, few.unexplained) == ("", "")
 
 
+def test_swapped_colours_are_seen_also_where_more_is_unlike() -> None:
+    warm = pictures(64).astype(np.float64)
+    pale = ((warm + 3 * warm.mean(axis=3, keepdims=True)) / 4).astype(np.uint8)
+    right, swapped = (
+        preprocessing_evidence(network(HALVES), HALVES, HALVES.normalize(images), threads=1)
+        for images in (pale, np.ascontiguousarray(pale[..., ::-1]))
+    )
+    assert (right.warning, right.unexplained) == ("", "")
+    assert swapped.warning.endswith("red and blue swapped (BGR)")
+    assert not swapped.clear
+    assert right.distance is not None
+    assert swapped.distance is not None
+    assert swapped.distance < 2 * right.distance
+
+
 def test_images_that_are_a_little_unlike_are_left_in_peace() -> None:
     darker = preprocessing_evidence(network(HALVES), HALVES, HALVES.normalize(pictures(64) // 10 * 9), threads=1)
     assert darker.distance is not None
