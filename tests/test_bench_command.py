@@ -192,7 +192,7 @@ def test_weights_beside_an_onnx_file(command: Command, build: Path, monkeypatch:
     [
         ("--batch", "0"), ("--batch", "1,"), ("--batch", "a"), ("--batch", "1025"), ("--threads", "-1"),
         ("--camera", "640"), ("--preprocess", "--camera", "0x3"), ("--camera", "640x480"), ("--seconds", "nan"),
-        ("--seconds", "-1"),
+        ("--seconds", "-1"), ("--seconds", "inf"),
     ],
     ids="-".join,
 )  # fmt: skip

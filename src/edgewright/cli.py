@@ -230,6 +230,7 @@ def engine(**arguments: Any) -> int:
 def verify(**arguments: Any) -> int:
     """Compare every engine with PyTorch on the evaluation images; builds what is missing.
 
+    What is quantized aims at the gates: stricter ones than before quantize anew, and replace the INT8 engines.
     On a device MODEL is a bundle: the self-test of every engine that is kept for it is repeated.
     """
     return _prove(**arguments)

@@ -13,7 +13,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from edgewright.cli_options import bundle_options, json_option
+from edgewright.cli_options import bundle_options, finite, json_option
 
 __all__ = ["bench"]
 
@@ -40,12 +40,6 @@ def _size(context: click.Context, parameter: click.Parameter, value: str) -> tup
     if found is None:
         raise click.BadParameter(f"{value!r} is not WIDTHxHEIGHT, such as {CAMERA}")
     return int(found[1]), int(found[2])
-
-
-def _number(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    if value != value:  # a range lets NaN through
-        raise click.BadParameter("nan is no number")
-    return value
 
 
 def _graph_of(path: Path) -> bytes:
@@ -99,7 +93,7 @@ def _graph_of(path: Path) -> bytes:
 @click.option(
     "--seconds",
     type=click.FloatRange(0, 3600),
-    callback=_number,
+    callback=finite,
     default=3.0,
     show_default=True,
     help="For each engine in each set-up, warm-up apart.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ __all__ = [
     "bundle_options",
     "cache_option",
     "detail_wanted",
+    "finite",
     "graph_options",
     "json_option",
     "junit_option",
@@ -150,6 +152,15 @@ NETWORK_OPTIONS: tuple[Decorator, ...] = (
     click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="A class name per line, in order."),
 )  # fmt: skip
 SOURCE_OPTIONS: tuple[Decorator, ...] = (click.argument("model", default=DEFAULT_MODEL), *NETWORK_OPTIONS)
+
+
+def finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """Refuses NaN, which a range lets through, and infinity."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no number")
+    return value
+
+
 model_option = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="As for `edgewright engine`.")
 
 ENGINE_OPTIONS: tuple[Decorator, ...] = (
@@ -220,19 +231,27 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option(
         "--max-drop",
         type=click.FloatRange(0.0, 100.0),
+        callback=finite,
         metavar="POINTS",
         help="Budget: the largest loss of top-1; default: 0.5, or none with --min-ratio.",
     ),
     click.option(
         "--min-ratio",
         type=click.FloatRange(0.0, 1.0),
+        callback=finite,
         metavar="RATIO",
         help="The least top-1 as a share of the reference's, such as MLPerf's 0.99.",
     ),
     click.option(
-        "--min-agreement", type=click.FloatRange(0.0, 1.0), metavar="SHARE", help="Of images with the same top-1."
+        "--min-agreement",
+        type=click.FloatRange(0.0, 1.0),
+        callback=finite,
+        metavar="SHARE",
+        help="Of images with the same top-1.",
     ),
-    click.option("--min-sqnr", type=float, metavar="DB", help="Of the logits, beside the reference's."),
+    click.option(
+        "--min-sqnr", type=float, callback=finite, metavar="DB", help="Of the logits, beside the reference's."
+    ),
     threads_option,
     click.option(
         "--already-quantized",
