@@ -104,7 +104,8 @@ def test_other_images_are_said(tmp_path: Path, command: Command) -> None:
     second = build(tmp_path / "b", 112, lost=12, provenance=other)
     done = command("compare", first, second, "--json")
     assert done.document["engines"][0]["accuracy"]["paired"] is False
-    assert any("different images" in note for note in done.document["notes"])
+    right = f"{100 * report_document()['reference']['top1']:.2f} %"
+    assert any(f"the reference answers {right} and {right} right" in note for note in done.document["notes"])
     assert done.document["differences"]["evaluation images"] == {"a": HASH, "b": "cd" * 32}
 
 

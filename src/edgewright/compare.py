@@ -183,7 +183,13 @@ def _notes(first: Build, second: Build, timing: str) -> Iterator[str]:
     elif first.images is None or second.images is None:
         yield "a report does not say which images it was judged on; losses are compared as of independent samples"
     elif first.images != second.images:
-        yield "they were judged on different images; losses are compared as of independent samples"
+        right = (_reference_top1(first), _reference_top1(second))
+        where = f", of which the reference answers {right[0]} and {right[1]} right" if first.labelled else ""
+        yield f"they were judged on different images{where}; losses are compared as of independent samples"
+
+
+def _reference_top1(build: Build) -> str:
+    return f"{100 * build.document['reference']['top1']:.2f} %"
 
 
 def _differences(first: Build, second: Build) -> dict[str, tuple[str, str]]:
