@@ -19,7 +19,6 @@ from edgewright.blame_hops import rescaled, simulation, some_images
 from edgewright.breakdown import by_kind, by_stage, graph_stages, stage_names
 from edgewright.context import GRAPH_LIBRARIES
 from edgewright.engines import planned_in
-from edgewright.export.conventions import first_line
 from edgewright.gallery import Change, changes, effects, thumbnail
 from edgewright.outcome import EngineRow, Outcome
 from edgewright.runtime.backends import BACKENDS
@@ -40,6 +39,7 @@ LAYER_IMAGES = 64  # calibration images on which layers are compared, as many as
 KERNEL_RUNS = 40
 SHOWN_IMAGES = 24
 SLOWEST_KINDS = 12
+LONGEST_REASON = 300  # of an error of a library, in letters
 
 
 def evidence_of(pipeline: Pipeline, outcome: Outcome) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def evidence_of(pipeline: Pipeline, outcome: Outcome) -> dict[str, Any]:
         except EdgewrightError as error:
             words = str(error)
         except Exception as error:  # whatever graph libraries raise, and faults of ours: the verdict stands without
-            words = f"{type(error).__name__}: {first_line(error)}"
+            words = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:LONGEST_REASON]}"
         notes.append(f"the report goes without {what}: {words}")
         return otherwise
 
