@@ -338,7 +338,7 @@ def _guessing(parity: Parity) -> str:
     right, chance = f"{100 * parity.reference_top1:.2f} %", f"{_plain(100 * parity.chance)} %"
     return (
         f"the reference is right on {right} of the images, not clearly better than guessing ({chance}): "
-        "are these its labels, in the order of its classes?"
+        "the labels may be in another order than its classes"
     )
 
 

@@ -63,7 +63,7 @@ def test_an_engine_with_nothing_but_nan_fails() -> None:
     assert verdict.sentence.endswith("; no image has finite logits, no dB, minimum 10")
 
 
-GUESSED = "not clearly better than guessing (10 %): are these its labels, in the order of its classes?"
+GUESSED = "not clearly better than guessing (10 %): the labels may be in another order than its classes"
 
 
 def shifted(candidate: NDArray[np.float64] | None = None) -> Parity:
