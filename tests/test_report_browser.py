@@ -87,6 +87,28 @@ def test_what_a_screen_reader_finds(browser: Browser, report: Path) -> None:
         assert "openvino int8: median 1." in words
 
 
+def test_on_a_phone_an_engine_is_a_card_that_names_its_columns(browser: Browser, report: Path) -> None:
+    script = """(() => {
+        const table = document.querySelector('.engines'), box = table.closest('.scroll');
+        const cells = [...table.querySelectorAll('td[data-column]')].filter(cell => cell.innerText);
+        const name = cell => table.rows[0].cells[cell.cellIndex].textContent.trim();
+        const shown = cell => getComputedStyle(cell, '::before').content;
+        return {
+            fits: box.scrollWidth <= box.clientWidth,
+            cells: cells.length,
+            unlike: cells.filter(cell => cell.dataset.column !== name(cell)).length,
+            named: cells.filter(cell => shown(cell) === JSON.stringify(name(cell))).length,
+            table: [...table.querySelectorAll('tr, th, td')].every(each => each.role || each.ariaHidden),
+        };
+    })()"""
+    for width, named in ((390, True), (1280, False)):
+        with browser.page(report, width=width, scheme="light") as page:
+            found = page.evaluate(script)
+            cells = found["cells"]
+            assert cells > 10
+            assert found == {"fits": True, "cells": cells, "unlike": 0, "named": named * cells, "table": True}
+
+
 def test_a_layer_is_reached_without_a_mouse(browser: Browser, report: Path) -> None:
     with browser.page(report, width=390, scheme="light") as page:
         page.press("Tab")
