@@ -2,16 +2,17 @@
 
 `compare_engines.py` compares one engine with another. Here is which engines belong together, what could not be
 compared, and what counts as worse: an engine that loses or takes more than its interval allows, one that passed and no
-longer does, and a build of which none passes any more.
+longer does, and a build of which none passes any more though as much was asked of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgewright.compare_engines import (
+    LEAST_SLOWDOWN,
     AccuracyChange,
     Build,
     LatencyChange,
@@ -28,6 +29,7 @@ Document = Mapping[str, Any]
 UNTOLD = ("build dir", "budget")
 """Options that say where a build lies, and what the gates say already."""
 NAMED = 3
+NONE_PASSES = "no engine of B passes, one of A does"
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,20 @@ class Comparison:
         """A sentence for each thing that is worse."""
         return tuple(self._regressions())
 
+    @property
+    def none_passes(self) -> bool:
+        """Whether an engine of A is recommended, and none of B."""
+        return self.first.document["recommended"] is not None and self.second.document["recommended"] is None
+
+    @property
+    def asked_alike(self) -> bool:
+        """Whether B had the same gates, and the same images, fewer of which may not decide, or failed on its own."""
+        same_images = self.first.images is not None and self.first.images == self.second.images
+        return "gates" not in self.differences and (same_images or self.second.document["verdict"] == "fail")
+
     def _regressions(self) -> Iterator[str]:
-        if self.first.document["recommended"] is not None and self.second.document["recommended"] is None:
-            yield "no engine of B passes, one of A does"
+        if self.none_passes and self.asked_alike:
+            yield NONE_PASSES
         for pair in self.engines:
             change, time = pair.accuracy, pair.latency
             if pair.broke:
@@ -96,8 +109,10 @@ def compare_builds(first: Build, second: Build) -> Comparison:
         for name in dict.fromkeys([*rows, *others])
         if _judged(rows.get(name)) or _judged(others.get(name))
     )
-    notes = (*_notes(first, second, timing), *_notes_on(pairs))
+    notes = (*_notes(first, second, timing), *_notes_on_clocks(slowdown), *_notes_on(pairs))
     found = Comparison(first, second, first.labelled and second.labelled, pairs, differences, notes)
+    if found.none_passes and not found.asked_alike:
+        found = replace(found, notes=(f"{NONE_PASSES}; gates or images are not the same", *notes))
     if not found.regressions and not any(pair.accuracy or pair.latency for pair in pairs):
         raise ParityError(
             "; ".join(["nothing of A and B can be compared", *notes, f"A has {_names(rows)}, B has {_names(others)}"]),
@@ -144,20 +159,33 @@ def _status(row: Document | None) -> str:
 
 
 def _told(row: Document | None) -> str:
-    return "not there" if row is None else STATUS_WORDS.get(_status(row), _status(row))
+    if row is None:
+        return "not there"
+    word = STATUS_WORDS.get(_status(row), _status(row))
+    return f"{word} ({_simulated(row)})" if _simulated(row) else word
+
+
+def _passes(row: Document | None) -> bool:
+    """Whether it is within its gates, run here or simulated."""
+    return _status(row) == "verified" or _simulated(row) == "pass"
+
+
+def _simulated(row: Document | None) -> str:
+    """What the simulation of an engine came to, "" if that is not how it was judged."""
+    return str(row["reason_code"]) if row is not None and _status(row) == "simulated" else ""
 
 
 def _broke(row: Document | None, other: Document | None, same_gates: bool) -> bool:
-    worse = ("failed", "over_budget") if same_gates else ("failed",)
-    return _status(row) == "verified" and _status(other) in worse
+    over = _status(other) == "over_budget" or _simulated(other) == "fail"
+    return _passes(row) and (_status(other) == "failed" or (over and same_gates))
 
 
 def _notes_on(pairs: Sequence[EnginePair]) -> Iterator[str]:
     """What became of engines that passed, where that is not known to be worse; and the gaps, each once."""
     for pair in pairs:
-        if _status(pair.first) == "verified" and not pair.broke and _status(pair.second) != "verified":
+        if _passes(pair.first) and not pair.broke and not _passes(pair.second):
             reason = "" if pair.second is None or not pair.second["reason"] else f": {pair.second['reason']}"
-            yield f"{pair.name} is verified in A and {_told(pair.second)} in B{reason}"
+            yield f"{pair.name} is {_told(pair.first)} in A and {_told(pair.second)} in B{reason}"
     for gap in dict.fromkeys(gap for pair in pairs for gap in pair.gaps):
         yield f"{gap}: {_some([pair.name for pair in pairs if gap in pair.gaps])}"
 
@@ -183,13 +211,22 @@ def _notes(first: Build, second: Build, timing: str) -> Iterator[str]:
     elif first.images is None or second.images is None:
         yield "a report does not say which images it was judged on; losses are compared as of independent samples"
     elif first.images != second.images:
-        right = (_reference_top1(first), _reference_top1(second))
-        where = f", of which the reference answers {right[0]} and {right[1]} right" if first.labelled else ""
-        yield f"they were judged on different images{where}; losses are compared as of independent samples"
+        yield "they were judged on different images; losses are compared as of independent samples"
+    right, other_right = first.reference_top1, second.reference_top1
+    if right is not None and other_right is not None and right != other_right:
+        yield f"the reference itself is right on {100 * right:.2f} % in A and {100 * other_right:.2f} % in B"
+    targets = second.document.get("targets") or {}
+    lost = [target for target in first.document.get("targets") or {} if target not in targets]
+    if lost:
+        yield f"for {', '.join(lost)} A has an engine to take, and B none"
 
 
-def _reference_top1(build: Build) -> str:
-    return f"{100 * build.document['reference']['top1']:.2f} %"
+def _notes_on_clocks(slowdown: float | None) -> Iterator[str]:
+    if slowdown is not None and slowdown > LEAST_SLOWDOWN:
+        yield (
+            f"engines that are the same in both take {1 + slowdown:.2f} times as long in B: the machine does; only "
+            "what is slower than that is judged"
+        )
 
 
 def _differences(first: Build, second: Build) -> dict[str, tuple[str, str]]:
@@ -198,6 +235,7 @@ def _differences(first: Build, second: Build) -> dict[str, tuple[str, str]]:
     ours, theirs = first.provenance, second.provenance
     for name in ("machine", "python"):
         found[name] = str(ours.get(name, "unknown")), str(theirs.get(name, "unknown"))
+    found["recommended"] = _recommended(first), _recommended(second)
     found["hash of the weights"] = str(ours.get("weights", "unknown")), str(theirs.get("weights", "unknown"))
     found["evaluation images"] = str(first.images), str(second.images)
     found["calibration images"] = _calibration(first), _calibration(second)
@@ -208,6 +246,11 @@ def _differences(first: Build, second: Build) -> dict[str, tuple[str, str]]:
         for name in dict.fromkeys([*values, *others]):
             found[name.replace("_", " ")] = _in_words(values.get(name, "none")), _in_words(others.get(name, "none"))
     return {name: both for name, both in found.items() if both[0] != both[1] and name not in UNTOLD}
+
+
+def _recommended(build: Build) -> str:
+    engine = build.document["recommended"]
+    return "none" if engine is None else f"{engine['backend']} {engine['precision']}"
 
 
 def _in_words(value: Any) -> str:

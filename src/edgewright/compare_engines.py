@@ -1,9 +1,10 @@
 """One engine of two builds side by side: what the second loses of accuracy, and how much longer it takes.
 
 Accuracy is compared image by image where both builds judged the same images and kept their logits. Where they did not,
-each loss stands against its own reference, and the two are taken for independent, which needs a larger difference to
-tell. Medians of two runs on different days differ by more than their intervals say, so that a slowdown has to be larger
-than a twentieth too, and larger than that of an engine that is the same in both builds.
+each loss stands against its own reference, or, if the references differ on the same images, each accuracy stands for
+itself; the two are taken for independent, which needs a larger difference to tell. Medians of two runs on different
+days differ by more than their intervals say, so that a slowdown has to be larger than a twentieth too, and larger than
+that of the engines that are the same in both builds.
 
 Sources
 * paired: Newcombe 1998, method 10 (`runtime/intervals.py`)
@@ -14,6 +15,7 @@ Sources
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,17 @@ from numpy.typing import NDArray
 
 from edgewright.report_view import loss_of
 from edgewright.runtime.backends import BACKENDS
-from edgewright.runtime.intervals import newcombe_paired_interval
+from edgewright.runtime.intervals import newcombe_paired_interval, wilson_interval
 
-__all__ = ["AccuracyChange", "Build", "LatencyChange", "accuracy_change", "latency_change", "slowdown_of_the_same"]
+__all__ = [
+    "LEAST_SLOWDOWN",
+    "AccuracyChange",
+    "Build",
+    "LatencyChange",
+    "accuracy_change",
+    "latency_change",
+    "slowdown_of_the_same",
+]
 
 Document = Mapping[str, Any]
 Bits = NDArray[np.bool_]
@@ -36,7 +46,7 @@ LEAST_SLOWDOWN = 0.05
 
 @dataclass(frozen=True)
 class Build:
-    """A document `edgewright.engine/1`, and the folder in which its logits lie, None if only the file was given."""
+    """A document `edgewright.engine/1`, and the folder in which its logits may lie, None if there is none."""
 
     path: Path
     document: Document
@@ -60,6 +70,12 @@ class Build:
         """Whether accuracy was judged, or agreement."""
         return bool(self.document["reference"]["labelled"])
 
+    @property
+    def reference_top1(self) -> float | None:
+        """A fraction, None without labels."""
+        top1: float | None = self.document["reference"]["top1"]
+        return top1
+
     def versions(self, backend: str) -> dict[str, str]:
         """Of the packages that run the engines of a backend, by name."""
         known = self.provenance.get("versions") or {}
@@ -70,7 +86,7 @@ class Build:
 class AccuracyChange:
     """What the second engine loses against the first, a fraction: of top-1, or without labels of agreement.
 
-    * paired: image by image; otherwise the losses against each one's own reference are compared
+    * paired: image by image; otherwise the losses against each one's own reference are compared, or the accuracies
     """
 
     paired: bool
@@ -113,7 +129,8 @@ def accuracy_change(first: Build, second: Build, row: Document, other: Document)
     bits, other_bits = (_bits(first, row), _bits(second, other)) if same_images else (None, None)
     if bits is None or other_bits is None or bits.shape != other_bits.shape:
         gap = "logits are not there, so that losses are not paired" if same_images else ""
-        return _unpaired(row, other), gap
+        own = same_images and first.labelled and first.reference_top1 != second.reference_top1
+        return _unpaired(*_accuracies(row, other)) if own else _unpaired(*_losses(row, other)), gap
     cells = (
         int((bits & other_bits).sum()),
         int((bits & ~other_bits).sum()),
@@ -152,14 +169,14 @@ def latency_change(
 def slowdown_of_the_same(
     first: Build, second: Build, rows: Mapping[str, Document], others: Mapping[str, Document]
 ) -> float:
-    """By how much the machine seems to have become slower, a fraction: the most of the engines that are the same."""
+    """By how much the machine seems to have become slower, a fraction: the median of the engines that are the same."""
     ratios: list[float] = [
         others[name]["latency_ms"]["p50"] / row["latency_ms"]["p50"]
         for name, row in rows.items()
         if name in others and row["latency_ms"] and others[name]["latency_ms"]
         if _same(first, second, row, others[name])
     ]
-    return max([0.0, *(ratio - 1 for ratio in ratios)])
+    return max(0.0, statistics.median(ratios) - 1) if ratios else 0.0
 
 
 def _same(first: Build, second: Build, row: Document, other: Document) -> bool:
@@ -199,14 +216,35 @@ def _array(file: Path) -> NDArray[Any] | None:
     return found
 
 
-def _unpaired(row: Document, other: Document) -> AccuracyChange:
+@dataclass(frozen=True)
+class _Estimate:
+    value: float
+    low: float
+    high: float
+
+
+def _losses(row: Document, other: Document) -> tuple[_Estimate, _Estimate]:
+    """Against each one's own reference."""
+    first, second = (_Estimate(loss_of(each["parity"]), *each["parity"]["loss_ci95"]) for each in (row, other))
+    return first, second
+
+
+def _accuracies(row: Document, other: Document) -> tuple[_Estimate, _Estimate]:
+    """The shares of wrong answers, with Wilson's intervals."""
+
+    def wrong(parity: Document) -> _Estimate:
+        count = round((1 - parity["top1"]) * parity["images"])
+        return _Estimate(count / parity["images"], *wilson_interval(count, parity["images"]))
+
+    return wrong(row["parity"]), wrong(other["parity"])
+
+
+def _unpaired(first: _Estimate, second: _Estimate) -> AccuracyChange:
     """Square-and-add: the distances of the limits from the estimates, as if they were at right angles."""
-    loss, other_loss = loss_of(row["parity"]), loss_of(other["parity"])
-    (low, high), (other_low, other_high) = row["parity"]["loss_ci95"], other["parity"]["loss_ci95"]
-    change = other_loss - loss
+    change = second.value - first.value
     return AccuracyChange(
         False,
         change,
-        change - math.hypot(other_loss - other_low, high - loss),
-        change + math.hypot(other_high - other_loss, loss - low),
+        change - math.hypot(second.value - second.low, first.high - first.value),
+        change + math.hypot(second.high - second.value, first.value - first.low),
     )
