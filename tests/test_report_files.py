@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,23 @@ def test_what_cannot_be_gathered_takes_no_verdict_away(
     done = command(*run)
     assert f"note: the report goes without kernel times: {words}\n" in done.out
     assert done.out.splitlines()[-1].startswith("PASS")
+
+
+def test_a_file_name_that_is_no_utf_8_takes_no_verdict_away(
+    folder: Path, shared_images: Any, command: Command, tiny_models: None, tmp_path: Path
+) -> None:
+    evaluation = tmp_path / os.fsdecode(b"d\xe9j\xe0")
+    shutil.copytree(shared_images.evaluation, evaluation)
+    for file in evaluation.glob("*.png"):
+        file.rename(evaluation / f"{file.stem}{os.fsdecode(bytes([255]))}.png")
+    (evaluation / "labels.csv").unlink()
+    calibration = ("--calibration", shared_images.calibration)
+    done = command("engine", "tiny", "--build-dir", folder.parent, *CHOSEN, *calibration, "--evaluation", evaluation)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1].startswith("PASS")
+    document = report_of(folder)
+    assert "d\\udce9j\\udce0" in document["provenance"]["command"]
+    (folder / "report.json").write_text(json.dumps(document | {"notes": ["bad\udcff.png"]}))
+    assert command("report", folder).code == 0
+    for page in ("report.html", "report.md"):
+        assert "udcff.png" in (folder / page).read_text()

@@ -37,15 +37,26 @@ NEEDED = ("model", "verdict", "recommended", "reference", "engines")
 def published(pipeline: Pipeline, outcome: Outcome, arguments: Sequence[str]) -> dict[str, Any]:
     """The document of a run, written as `report.json`, `report.html` and `report.md`; `arguments` are the command's."""
     fields = evidence_of(pipeline, outcome)
-    document = {
-        **engine_document(outcome),
-        **fields,
-        "stages": [stage_document(run) for run in pipeline.runs],
-        "provenance": provenance_of(pipeline, arguments),
-    }
+    document: dict[str, Any] = _in_unicode(
+        {
+            **engine_document(outcome),
+            **fields,
+            "stages": [stage_document(run) for run in pipeline.runs],
+            "provenance": provenance_of(pipeline, arguments),
+        }
+    )
     write_json(pipeline.workspace.path(REPORT_FILE), document)
     write_pages(pipeline, document)
     return document
+
+
+def _in_unicode(value: Any) -> Any:
+    """Bytes of file names that are no UTF-8, which Python carries as lone surrogates, spelled out instead."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, Mapping):
+        return {_in_unicode(name): _in_unicode(each) for name, each in value.items()}
+    return [_in_unicode(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def write_pages(pipeline: Pipeline, document: Mapping[str, Any]) -> None:
@@ -76,7 +87,7 @@ def rewritten(folder: Path) -> tuple[Path, Path]:
 
 def compared(first: Path, second: Path) -> Comparison:
     """Two builds side by side, each a build folder or a `report.json`. Raises `WorkspaceError` as `read_report`."""
-    builds = [Build(path, read_report(path), path if path.is_dir() else None) for path in (first, second)]
+    builds = [Build(path, read_report(path), path if path.is_dir() else path.parent) for path in (first, second)]
     with _explained(first, second):
         return compare_builds(*builds)
 
@@ -111,8 +122,8 @@ def _write(folder: Path, document: Mapping[str, Any]) -> tuple[Path, Path]:
     from edgewright.report_page import report_html
 
     page, text = folder / HTML_FILE, folder / MARKDOWN_FILE
-    write_bytes(page, report_html(document, _thumbnails(folder)).encode())
-    write_bytes(text, report_markdown(document).encode())
+    write_bytes(page, report_html(document, _thumbnails(folder)).encode(errors="backslashreplace"))
+    write_bytes(text, report_markdown(document).encode(errors="backslashreplace"))
     return page, text
 
 
