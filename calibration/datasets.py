@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from edgewright.runtime.errors import DataError
@@ -51,13 +51,18 @@ def image_folder(path: Path, labels: Sequence[str] = ()) -> ImageSet:
     if any(nested.values()):
         if flat:
             raise DataError(
-                f"{path} holds both images ({flat[0]}, …) and class folders ({folders[0]}, …); the classes are unclear",
+                f"{path} holds both images ({flat[0]}, …) and class folders ({_first_filled(nested)}, …); "
+                "the classes are unclear",
                 f"move the images into class folders or write a {LABELS_FILE}",
             )
         return _from_class_folders(path, nested, labels)
     if not flat:
         raise DataError(f"{path} holds no images", LAYOUTS)
     return ImageSet.from_files(path, flat)
+
+
+def _first_filled(folders: Mapping[str, Sequence[str]]) -> str:
+    return next(folder for folder, images in folders.items() if images)
 
 
 def _is_image(name: str) -> bool:

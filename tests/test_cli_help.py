@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from edgewright.cli import cli
@@ -62,6 +63,20 @@ def test_completion_asks_this_program(shell: str) -> None:
     result = CliRunner().invoke(cli, ["completion", shell])
     assert result.exit_code == 0
     assert f"_EDGEWRIGHT_COMPLETE={shell}_complete" in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "incomplete", "found"),
+    [
+        (["engine"], "lenet", {"lenet", "lenet_bn", "lenet_bn_scratch"}),
+        (["calibration", "check", "--model"], "resnet1", {"resnet18", "resnet101", "resnet152"}),
+        (["engine"], "net.p", {"net.p"}),  # left to the shell, as a file
+    ],
+)
+def test_networks_are_completed(words: list[str], incomplete: str, found: set[str]) -> None:
+    items = ShellComplete(cli, {}, "edgewright", "_EDGEWRIGHT_COMPLETE").get_completions(words, incomplete)
+    assert {item.value for item in items} == found
+    assert {item.type for item in items} == ({"file"} if incomplete == "net.p" else {"plain"})
 
 
 def test_completion_is_for_shells() -> None:

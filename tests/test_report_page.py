@@ -178,7 +178,7 @@ def test_without_an_engine_to_take_the_closest_is_named(verdict: str, status: st
     document["engines"][0]["status"] = "failed"  # it loses least, and is not what the verdict is about
     sentence = {
         "fail": "Fail. No engine passes; the closest is openvino bf16: of openvino bf16.",
-        "inconclusive": "Inconclusive. Of openvino bf16.",
+        "inconclusive": "Inconclusive. Of openvino bf16; the closest is openvino bf16.",
     }[verdict]
     words = " ".join(Elements(report_html(document, {})).text.split())
     assert sentence in words

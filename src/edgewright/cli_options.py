@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from edgewright.runtime.errors import DataError
 
@@ -151,7 +152,20 @@ NETWORK_OPTIONS: tuple[Decorator, ...] = (
     ),
     click.option("--labels", type=click.Path(path_type=Path), metavar="FILE", help="A class name per line, in order."),
 )  # fmt: skip
-SOURCE_OPTIONS: tuple[Decorator, ...] = (click.argument("model", default=DEFAULT_MODEL), *NETWORK_OPTIONS)
+
+
+def model_names(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Networks of the line-up that begin so; else it may be a file."""
+    from edgewright.export.models import MODELS
+
+    names = [CompletionItem(name) for name in MODELS if name.startswith(incomplete)]
+    return names or [CompletionItem(incomplete, type="file")]
+
+
+SOURCE_OPTIONS: tuple[Decorator, ...] = (
+    click.argument("model", default=DEFAULT_MODEL, shell_complete=model_names),
+    *NETWORK_OPTIONS,
+)
 
 
 def finite(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
@@ -161,7 +175,13 @@ def finite(context: click.Context, parameter: click.Parameter, value: float | No
     return value
 
 
-model_option = click.option("--model", default=DEFAULT_MODEL, show_default=True, help="As for `edgewright engine`.")
+model_option = click.option(
+    "--model",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    shell_complete=model_names,
+    help="As for `edgewright engine`.",
+)
 
 ENGINE_OPTIONS: tuple[Decorator, ...] = (
     click.option("--backend", "backends", multiple=True, help="Only this backend; may be repeated."),

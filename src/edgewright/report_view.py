@@ -78,6 +78,8 @@ def headline(document: Document) -> dict[str, str]:
         sentence = claim if word.lower() == verdict else row["reason"]
         if verdict == "fail":
             sentence = f"no engine passes; the closest is {engine_name(row)}: {sentence}"
+        if verdict == "inconclusive":
+            sentence = f"{sentence}; the closest is {engine_name(row)}"
     return {"word": WORDS.get(verdict, verdict), "verdict": verdict, "sentence": sentence, "take": take}
 
 

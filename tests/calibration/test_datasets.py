@@ -191,6 +191,7 @@ def test_classes_that_cannot_be_told_are_refused(
 
 def test_images_beside_class_folders_are_refused(tmp_path: Path) -> None:
     write_images(tmp_path, "a.png", "cat/b.png")
+    (tmp_path / "ape").mkdir()  # which holds none
     with pytest.raises(DataError, match=r"both images \(a.png, …\) and class folders \(cat, …\)"):
         image_folder(tmp_path)
 
