@@ -225,6 +225,13 @@ threads_option = click.option(
     "--threads", type=click.IntRange(0), default=0, help="Threads of the engines; 0: all cores."
 )
 
+
+def _limit(name: str, unit: str, help_: str, most: float | None = None) -> Decorator:
+    """The option of a gate: a finite number, from 0 to `most` if that is given."""
+    kind = click.FLOAT if most is None else click.FloatRange(0.0, most)
+    return click.option(name, type=kind, callback=finite, metavar=unit, help=help_)
+
+
 RUN_OPTIONS: tuple[Decorator, ...] = (
     click.option("--calibration", type=click.Path(path_type=Path), help="Folder of calibration images."),
     click.option("--evaluation", type=click.Path(path_type=Path), help="Folder of evaluation images."),
@@ -248,30 +255,10 @@ RUN_OPTIONS: tuple[Decorator, ...] = (
     ),
     click.option("--calib-cache", type=click.Path(path_type=Path), metavar="FILE", help="Ranges of an old TensorRT."),
     click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=21, show_default=True, help="Of the rescue."),
-    click.option(
-        "--max-drop",
-        type=click.FloatRange(0.0, 100.0),
-        callback=finite,
-        metavar="POINTS",
-        help="Budget: the largest loss of top-1; default: 0.5, or none with --min-ratio.",
-    ),
-    click.option(
-        "--min-ratio",
-        type=click.FloatRange(0.0, 1.0),
-        callback=finite,
-        metavar="RATIO",
-        help="The least top-1 as a share of the reference's, such as MLPerf's 0.99.",
-    ),
-    click.option(
-        "--min-agreement",
-        type=click.FloatRange(0.0, 1.0),
-        callback=finite,
-        metavar="SHARE",
-        help="Of images with the same top-1.",
-    ),
-    click.option(
-        "--min-sqnr", type=float, callback=finite, metavar="DB", help="Of the logits, beside the reference's."
-    ),
+    _limit("--max-drop", "POINTS", "Budget: the largest loss of top-1; default: 0.5, or none with --min-ratio.", 100.0),
+    _limit("--min-ratio", "RATIO", "The least top-1 as a share of the reference's, such as MLPerf's 0.99.", 1.0),
+    _limit("--min-agreement", "SHARE", "Of images with the same top-1.", 1.0),
+    _limit("--min-sqnr", "DB", "Of the logits, beside the reference's."),
     threads_option,
     click.option(
         "--already-quantized",

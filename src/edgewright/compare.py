@@ -78,7 +78,10 @@ class Comparison:
 
     @property
     def asked_alike(self) -> bool:
-        """Whether B had the same gates, and the same images, fewer of which may not decide, or failed on its own."""
+        """Whether as much was asked of B: the same gates, on the same images.
+
+        On other images a FAIL counts too; INCONCLUSIVE does not, as fewer images decide less.
+        """
         same_images = self.first.images is not None and self.first.images == self.second.images
         return "gates" not in self.differences and (same_images or self.second.document["verdict"] == "fail")
 
@@ -224,8 +227,8 @@ def _notes(first: Build, second: Build, timing: str) -> Iterator[str]:
 def _notes_on_clocks(slowdown: float | None) -> Iterator[str]:
     if slowdown is not None and slowdown > LEAST_SLOWDOWN:
         yield (
-            f"engines that are the same in both take {1 + slowdown:.2f} times as long in B: the machine does; only "
-            "what is slower than that is judged"
+            f"engines that are the same in both take {1 + slowdown:.2f} times as long in B, so that the machine has "
+            "become slower; only what is slower than that is judged"
         )
 
 

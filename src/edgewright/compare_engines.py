@@ -218,6 +218,8 @@ def _array(file: Path) -> NDArray[Any] | None:
 
 @dataclass(frozen=True)
 class _Estimate:
+    """A share, a fraction, with its 95 % interval."""
+
     value: float
     low: float
     high: float
